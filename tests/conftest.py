@@ -1,0 +1,32 @@
+"""Shared fixtures. Tests that do not measure time hold the shared side of the timing lock, so they never disturb one that does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _honour_the_timing_lock(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test marked ``serial`` or ``real`` may time something and takes the exclusive side itself."""
+    if request.node.get_closest_marker("serial") or request.node.get_closest_marker("real"):
+        yield
+        return
+    from hwsearch.device.lock import background_lock
+
+    with background_lock():
+        yield
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hwsearch home with the repository's devices, for tests that write tables."""
+    import shutil
+
+    repository = Path(__file__).resolve().parent.parent
+    shutil.copytree(repository / "devices", tmp_path / "devices")
+    monkeypatch.setenv("HWSEARCH_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
