@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests that do not measure time hold the shared side of the timing lock, so they never disturb one that does."""
+"""Shared fixtures. Tests that measure no time hold the timing lock's shared side, so they never disturb one that does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetches Fashion-MNIST into data/fashion-mnist: from Debian's package where apt is there, else from its official address.
+"""Fetches Fashion-MNIST into data/fashion-mnist: from Debian's package where apt is there, else its official address.
 
 Every file is checked against the checksum of its decompressed content (the compressed bytes differ between sources).
 The standard library is all it needs. Run it again at any time: files that are there and right are left alone.
