@@ -1,0 +1,67 @@
+"""The documentation as tests: every command in it runs, every link in it leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+# The documents show what a user types; here the same lines run with less work: the quickstart as --quick,
+# a campaign of seconds, on the simulated device.
+EXEMPT = ("./tools/test", "./tools/quickstart", "git ", "tools/setup", ".venv/bin/python -m pytest", "source ", "tools/bench")
+CHEAPER = ((r"--minutes [\d.]+", "--minutes 0.2"), (r"\bx86-ort-[12]t\b", "simulated"), (r"\bmy-box\b", "my-box"))
+
+
+def commands(path: Path) -> list[str]:
+    """The lines of every fenced block marked ``bash`` or ``console``, continuation lines joined, comments dropped."""
+    lines: list[str] = []
+    for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", path.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            text = re.sub(r"\s+#.*$", "", line.strip().removeprefix("$ "))
+            if text and not text.startswith("#"):
+                lines.append(text)
+    return lines
+
+
+def with_commands() -> list[Path]:
+    return [path for path in DOCUMENTS if any(not c.startswith(EXEMPT) for c in commands(path))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", with_commands(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_command_runs(path: Path, home: Path) -> None:
+    """In order, in one fresh home, as a reader would; exit status 1 (the answer is no) is a result, 2 is not."""
+    (home / "examples").symlink_to(ROOT / "examples")
+    for command in commands(path):
+        if command.startswith(EXEMPT):
+            continue
+        cheap = command
+        for pattern, replacement in CHEAPER:
+            cheap = re.sub(pattern, replacement, cheap)
+        words = shlex.split(cheap)
+        assert words[0] == "hwsearch", f"{path.name}: only hwsearch commands can be checked here: {command}"
+        done = subprocess.run(
+            [sys.executable, "-m", "hwsearch.cli", *words[1:]], capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode in (0, 1), f"{command}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), f"{path.name} links to {target}"
+        if anchor and linked.suffix == ".md":
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, f"{path.name} links to {target}; {linked.name} has {sorted(anchors)}"
