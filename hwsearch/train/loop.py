@@ -1,0 +1,336 @@
+"""The training loop: SGD with momentum under a cosine, resumable bit for bit after a kill at any moment.
+
+``train`` fits a model to a task. ``run_steps`` is the same loop around any step that calls ``backward``: a
+super-network trains through it too. Everything random is a function of (seed, step), so a checkpoint holds weights,
+momenta and a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hwsearch.device.lock import background_lock
+from hwsearch.errors import InputError
+from hwsearch.train import checkpoint
+from hwsearch.train.data import Batch, Examples, Shuffle, in_order
+from hwsearch.train.seeds import generator, torch_seed
+from hwsearch.train.task import Evaluation, Task
+
+#: Called with (steps done, steps in all, a few words such as the loss).
+Progress = Callable[[int, int, str], None]
+
+#: One step: forward and backward of a batch, leaving gradients; returns the loss (scalar).
+Step = Callable[[int, Batch], Tensor]
+
+_LOCK_S = 1.0  # a timing waits for background work at most about this long
+_HISTORY_POINTS = 200
+_NOT_IDENTITY = ("checkpoint_s",)  # how often a checkpoint is written changes no bit of the result
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How weights are fitted.
+
+    Args:
+        epochs: passes over the training examples (may be a fraction); ``steps`` overrides it.
+        learning_rate: peak, reached after ``warmup`` (a share of all steps), then a cosine down to ``final_rate``.
+        weight_decay: on weights of two and more dimensions, never on biases and normalisation.
+        precision: ``float32``, or ``bfloat16`` autocast where the CPU has instructions for it.
+        channels_last: memory layout; many times faster for depth-wise layers on CPUs.
+        threads: torch threads; pinned, because they change the bits of sums.
+        checkpoint_s: seconds between checkpoints; 0 writes one after every step.
+    """
+
+    epochs: float = 5.0
+    steps: int | None = None
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    final_rate: float = 1e-5
+    warmup: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    precision: str = "float32"
+    channels_last: bool = True
+    threads: int = 1
+    seed: int = 0
+    checkpoint_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, low in (("batch_size", 1), ("threads", 1), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise InputError(f"{name} is {getattr(self, name)}; give {low} or more")
+        for name in ("learning_rate", "epochs"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("final_rate", "momentum", "weight_decay", "checkpoint_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps is {self.steps}; give 1 or more")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup is {self.warmup}; give a share of all steps, 0 or more and below 1")
+        if self.nesterov and self.momentum == 0:
+            raise InputError("nesterov needs a momentum above 0; set momentum, or nesterov to false")
+        if self.precision not in ("float32", "bfloat16"):
+            raise InputError(f"precision is {self.precision!r}; give float32 or bfloat16")
+
+    def total_steps(self, examples: int) -> int:
+        """Steps in all for a training set of this size."""
+        if self.steps is not None:
+            return self.steps
+        return max(round(self.epochs * Shuffle(examples, self.batch_size, 0).steps_per_epoch), 1)
+
+    def rate(self, step: int, total: int) -> float:
+        """Learning rate of one step (0-based) of ``total``: linear warm-up, then half a cosine."""
+        warm = int(self.warmup * total)
+        if step < warm:
+            return self.learning_rate * (step + 1) / (warm + 1)
+        place = (step - warm) / max(total - warm, 1)
+        return self.final_rate + 0.5 * (self.learning_rate - self.final_rate) * (1 + float(np.cos(np.pi * place)))
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a training did: steps taken, examples seen, and (step, mean training loss up to it) along the way."""
+
+    steps: int
+    examples: int
+    history: tuple[tuple[int, float], ...]
+
+    @property
+    def final_loss(self) -> float:
+        """Mean training loss over the last point of the history."""
+        return self.history[-1][1]
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig | None = None,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> TrainReport:
+    """Fit ``model`` in place to ``task.train`` and leave it in evaluation mode.
+
+    Args:
+        folder: holds the checkpoint; the same call again goes on from it (or returns at once where it had finished).
+
+    Raises:
+        InputError: the checkpoint belongs to another run, the folder cannot be written, or the loss is not finite.
+
+    Example:
+        >>> train(model, task, TrainConfig(epochs=3), folder=Path("run/winner"))      # doctest: +SKIP
+    """
+    config = config or TrainConfig()
+
+    def step(_: int, batch: Batch) -> Tensor:
+        loss = task.loss(model(batch[0]), batch)
+        loss.backward()
+        return loss.detach()
+
+    return run_steps(model, task.train, config, step, folder=folder, progress=progress, identity={"kind": "train"})
+
+
+def run_steps(
+    model: nn.Module,
+    examples: Examples,
+    config: TrainConfig,
+    step: Step,
+    *,
+    identity: Mapping[str, Any],
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> TrainReport:
+    """Take all steps that are left, each: zero gradients, ``step``, SGD update; write checkpoints on the way.
+
+    Args:
+        model: owns the parameters and buffers that a checkpoint keeps; left in evaluation mode.
+        step: must derive what is random in it from its number alone.
+        identity: what else makes this run what it is; a checkpoint of another identity is refused.
+    """
+    total = config.total_steps(len(examples))
+    shuffle = Shuffle(len(examples), config.batch_size, config.seed)
+    whole = {**_identity(config), **identity, "steps": total, "data": examples.identity}
+    with settings(config):
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimiser = _optimiser(model, config)
+        state = _State(model, optimiser, folder, whole)
+        written = time.monotonic()
+        model.train()
+
+        def waiting(message: str) -> None:
+            if progress is not None:
+                progress(state.step, total, message)
+
+        while state.step < total:
+            chunk_end = time.monotonic() + _LOCK_S
+            with background_lock(waiting):
+                while state.step < total and time.monotonic() < chunk_end:
+                    state.note(_one_step(state.step, total, examples, shuffle, config, step, optimiser), total)
+                    if state.step == total or time.monotonic() - written >= config.checkpoint_s:
+                        state.save()
+                        written = time.monotonic()
+            if progress is not None:
+                progress(state.step, total, f"loss {state.recent_loss():.3f}")
+        model.eval()
+    return TrainReport(total, total * shuffle.batch_size, tuple(state.history))
+
+
+def evaluate(model: nn.Module, task: Task, examples: Examples, config: TrainConfig | None = None) -> Evaluation:
+    """The task's loss and metric of ``model`` on ``examples``, in evaluation mode (restored afterwards).
+
+    Example:
+        >>> evaluate(model, task, task.valid).metric                                  # doctest: +SKIP
+    """
+    config = config or TrainConfig()
+    was_training = model.training
+    model.eval()
+    total: Tensor | None = None
+    with settings(config), torch.no_grad():
+        for batch in background(in_order(examples, max(config.batch_size, 250))):
+            batch = laid_out(batch, config)
+            tally = task.tally(model(batch[0]), batch)
+            total = tally if total is None else total + tally
+    model.train(was_training)
+    if total is None:
+        raise InputError("there is nothing to evaluate on; give at least one example")
+    return task.summary(total)
+
+
+@contextmanager
+def settings(config: TrainConfig) -> Iterator[None]:
+    """Pinned threads, autocast where asked for, and torch's global generator left as it was found."""
+    if config.precision == "bfloat16" and not _has_bfloat16():
+        raise InputError("precision is bfloat16 but this CPU has no bfloat16 instructions; use float32")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bfloat16"),
+        ):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def laid_out(batch: Batch, config: TrainConfig) -> Batch:
+    """The batch with its input in the memory layout that the configuration asks for."""
+    if config.channels_last and batch[0].dim() == 4:
+        return (batch[0].contiguous(memory_format=torch.channels_last), *batch[1:])
+    return batch
+
+
+def background(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each handed out under the lock by which background work makes room for timing."""
+    for batch in batches:
+        with background_lock():
+            yield batch
+
+
+def training_batch(step: int, examples: Examples, shuffle: Shuffle, config: TrainConfig) -> Batch:
+    """What step number ``step`` trains on: shuffled and augmented by (seed, step)."""
+    augment = generator(config.seed, "augment", step)
+    return laid_out(examples.take(shuffle.indices(step), augment=augment), config)
+
+
+class _State:
+    """Where a training stands, and its checkpoint."""
+
+    def __init__(
+        self, model: nn.Module, optimiser: torch.optim.SGD, folder: Path | None, identity: Mapping[str, Any]
+    ) -> None:
+        self.step = 0
+        self.history: list[tuple[int, float]] = []
+        self._sum, self._count = 0.0, 0
+        self._identity = identity
+        self._path = folder / checkpoint.NAME if folder is not None else None
+        self._tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._tensors[f"momentum.{name}"] = optimiser.state[parameter]["momentum_buffer"]
+        if self._path is not None and (found := checkpoint.load(self._path, identity=identity)) is not None:
+            tensors, self.step, notes = found
+            checkpoint.copy_into(self._tensors, tensors, self._path)
+            self.history = [(int(step), float(loss)) for step, loss in notes["history"]]
+            self._sum, self._count = float(notes["sum"]), int(notes["count"])
+
+    def note(self, loss: float, total: int) -> None:
+        """Count one step and its loss; the history keeps a mean for every ``total / 200`` steps."""
+        self.step += 1
+        self._sum, self._count = self._sum + loss, self._count + 1
+        if self.step == total or self.step % max(total // _HISTORY_POINTS, 1) == 0:
+            self.history.append((self.step, self._sum / self._count))
+            self._sum, self._count = 0.0, 0
+
+    def recent_loss(self) -> float:
+        """Mean loss since the last point of the history, or that point."""
+        return self._sum / self._count if self._count else self.history[-1][1]
+
+    def save(self) -> None:
+        """Write the checkpoint, where there is a folder."""
+        if self._path is not None:
+            notes = {"history": self.history, "sum": self._sum, "count": self._count}
+            checkpoint.save(self._path, self._tensors, step=self.step, identity=self._identity, notes=notes)
+
+
+def _one_step(
+    step: int,
+    total: int,
+    examples: Examples,
+    shuffle: Shuffle,
+    config: TrainConfig,
+    run: Step,
+    optimiser: torch.optim.SGD,
+) -> float:
+    batch = training_batch(step, examples, shuffle, config)
+    torch.manual_seed(torch_seed(config.seed, "torch", step))  # dropout and the like
+    rate = config.rate(step, total)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad(set_to_none=True)
+    loss = float(run(step, batch))
+    if not np.isfinite(loss):
+        raise InputError(f"the loss is {loss} at step {step} of {total}; lower learning_rate ({config.learning_rate})")
+    optimiser.step()
+    return loss
+
+
+def _optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    # one tensor at a time: the grouped kernels may round differently for other strides
+    optimiser = torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        foreach=False,
+    )
+    for parameter in parameters:  # torch would create them at the first step, with the gradient's strides
+        optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimiser
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    kept = {field.name for field in fields(config)} - set(_NOT_IDENTITY)
+    return {name: value for name, value in asdict(config).items() if name in kept}
+
+
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "bf16" in Path("/proc/cpuinfo").read_text()

@@ -1,0 +1,158 @@
+"""A task is what to learn: data, a loss and a metric, behind one small protocol.
+
+Nothing else in hwsearch knows what is learnt. A metric that is not a mean over examples (mean IoU, R2, F1) still fits:
+``tally`` returns sums that add up over batches (and over processes), ``summary`` turns the total into numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hwsearch.errors import InputError
+from hwsearch.train.data import Batch, Examples, limit, split, synthetic_images
+from hwsearch.train.fashion_mnist import load_fashion_mnist
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network is worth on some examples: ``loss`` is always better when lower, ``metric`` as the task says."""
+
+    loss: float
+    metric: float
+    examples: int
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Data, loss and metric of one thing to learn.
+
+    ``train`` is what weights are fitted on, ``valid`` is what choices are made on; a test set belongs to neither.
+    """
+
+    @property
+    def train(self) -> Examples: ...
+
+    @property
+    def valid(self) -> Examples: ...
+
+    @property
+    def metric_name(self) -> str:
+        """What ``Evaluation.metric`` is, as shown to people."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger metric is a better one."""
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Scalar training loss, a mean over the batch; it may be smoothed or weighted."""
+
+    def tally(self, output: Tensor, batch: Batch) -> Tensor:
+        """Sums (K,) float64 of one batch; over batches they are added."""
+
+    def summary(self, tally: Tensor) -> Evaluation:
+        """From the sums over all batches: the plain loss (not smoothed), the metric and the number of examples."""
+
+    def imitate(self, output: Tensor, teacher: Tensor) -> Tensor:
+        """Scalar loss that is smallest where ``output`` says what ``teacher`` (no gradient) says: for distillation."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One class each: cross-entropy and accuracy. Batches: (inputs, classes int64 (B,)); outputs: (B, classes)."""
+
+    train: Examples
+    valid: Examples
+    label_smoothing: float = 0.0
+    metric_name: str = "accuracy"
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise InputError(f"label_smoothing is {self.label_smoothing}; give 0 or more and below 1")
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy, label-smoothed."""
+        return functional.cross_entropy(output, batch[1], label_smoothing=self.label_smoothing)
+
+    def tally(self, output: Tensor, batch: Batch) -> Tensor:
+        """(sum of negative log-likelihoods, number right, number of examples)."""
+        loss = functional.cross_entropy(output.double(), batch[1], reduction="sum")
+        right = (output.argmax(dim=1) == batch[1]).sum()
+        return torch.stack([loss, right.double(), torch.tensor(float(len(output)), dtype=torch.float64)])
+
+    def summary(self, tally: Tensor) -> Evaluation:
+        """Negative log-likelihood in nats and accuracy in 0 to 1."""
+        loss, right, count = tally.tolist()
+        return Evaluation(loss / count, right / count, int(count))
+
+    def imitate(self, output: Tensor, teacher: Tensor) -> Tensor:
+        """Cross-entropy against the teacher's probabilities."""
+        return functional.cross_entropy(output, teacher.softmax(dim=1))
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Values of any shape: mean squared error, reported as its root. Batches: (inputs, values shaped as outputs)."""
+
+    train: Examples
+    valid: Examples
+    metric_name: str = "rmse"
+    higher_is_better: bool = False
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Mean squared error."""
+        return functional.mse_loss(output, batch[1].to(output.dtype))
+
+    def tally(self, output: Tensor, batch: Batch) -> Tensor:
+        """(sum of squared errors, number of values, number of examples)."""
+        squared = (output.double() - batch[1].double()).square().sum()
+        return torch.stack([squared, torch.tensor(float(output.numel()), dtype=torch.float64),
+                            torch.tensor(float(len(output)), dtype=torch.float64)])  # fmt: skip
+
+    def summary(self, tally: Tensor) -> Evaluation:
+        """Mean squared error, and its root as the metric."""
+        squared, values, count = tally.tolist()
+        return Evaluation(squared / values, (squared / values) ** 0.5, int(count))
+
+    def imitate(self, output: Tensor, teacher: Tensor) -> Tensor:
+        """Mean squared difference."""
+        return functional.mse_loss(output, teacher)
+
+
+def load_task(
+    data: str,
+    *,
+    valid: int = 5000,
+    limit_to: int | None = None,
+    seed: int = 0,
+    label_smoothing: float = 0.0,
+    shift: int = 0,
+    flip: bool = False,
+) -> tuple[Classification, Examples]:
+    """The task that a name stands for, and its test set, which no search may look at.
+
+    Args:
+        data: ``fashion-mnist``, ``synthetic`` (no files needed), or a folder that holds Fashion-MNIST's four IDX files.
+        valid: training examples held out for choosing.
+        limit_to: at most this many training examples (held-out ones included); ``None``: all.
+        seed: of the split and of the limit.
+
+    Raises:
+        InputError: the name is neither known nor a folder, or files are missing or damaged.
+    """
+    if data == "synthetic":
+        whole, test = synthetic_images(4096, seed=1), synthetic_images(1024, seed=2)
+    elif data == "fashion-mnist":
+        whole, test = load_fashion_mnist(shift=shift, flip=flip)
+    elif Path(data).is_dir():
+        whole, test = load_fashion_mnist(data, shift=shift, flip=flip)
+    else:
+        raise InputError(f"data {data!r} is neither fashion-mnist, synthetic nor a folder; name one of these")
+    train, held_out = split(limit(whole, limit_to, seed), valid, seed)
+    return Classification(train, held_out, label_smoothing), test
