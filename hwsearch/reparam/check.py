@@ -1,0 +1,224 @@
+"""Prove a fold: run the unfolded network beside the folded one where mistakes show.
+
+Fresh batch norms (mean 0, variance 1, gamma 1, beta 0) hide almost every folding bug, so each case but the first draws
+new statistics: negative and zero gammas, shifted means, its own eps. Running statistics are drawn around those of the
+network's own activations, so that a deep network stays sane and its error means something. The reference is always the
+*unfolded* network in float64; the tolerance is what float arithmetic alone does to the unfolded network.
+
+Reference: RepVGG tools/verify.py (randomised statistics); tolerance rule: relative to the network's own rounding noise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hwsearch.errors import CheckFailedError, InputError, InternalError
+from hwsearch.reparam.fold import fold, plan_fold
+
+_EPS32 = torch.finfo(torch.float32).eps
+#: A network may have this many times the rounding noise measured on its unfolded self (one sample is not its bound).
+_MARGIN = 16
+#: A network whose float32 rounding noise is above this share of its output is chaotic: it cannot prove a fold.
+_CHAOTIC = 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class FoldCase:
+    """One comparison: ``statistics`` "as given" or "random", on inputs of one kind.
+
+    Errors are the largest over all outputs; the relative ones are divided by the largest output. ``noise`` is the
+    relative error of the *unfolded* network at this precision, ``tolerance`` what the folded one may have.
+    """
+
+    statistics: str
+    inputs: str
+    dtype: str
+    seed: int
+    max_abs_error: float
+    max_relative_error: float
+    noise: float
+    tolerance: float
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReport:
+    """Result of ``prove``: every case, the folded (layer, batch norm) pairs and what stayed, with the reason."""
+
+    model: str
+    pairs: tuple[tuple[str, str], ...]
+    left: tuple[tuple[str, str], ...]
+    cases: tuple[FoldCase, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when every case is within its tolerance."""
+        return all(case.ok for case in self.cases)
+
+    @property
+    def max_abs_error(self) -> float:
+        """Largest absolute error over the cases."""
+        return max(case.max_abs_error for case in self.cases)
+
+    @property
+    def max_relative_error(self) -> float:
+        """Largest error relative to the largest output, over the cases."""
+        return max(case.max_relative_error for case in self.cases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        head = {"schema": "hwsearch.fold_report", "version": 1, "ok": self.ok}
+        errors = {"max_abs_error": self.max_abs_error, "max_relative_error": self.max_relative_error}
+        return {**head, **errors, **asdict(self)}
+
+    def require(self) -> FoldReport:
+        """The report itself. Raises CheckFailedError naming the worst case when the fold is wrong."""
+        wrong = [case for case in self.cases if not case.ok]
+        if wrong:
+            worst = max(wrong, key=lambda case: case.max_relative_error / max(case.tolerance, 1e-300))
+            raise CheckFailedError(
+                f"the fold of {self.model} is wrong in {len(wrong)} of {len(self.cases)} cases: relative error "
+                f"{worst.max_relative_error:.2g} against {worst.tolerance:.2g} allowed ({worst.dtype}, "
+                f"{worst.statistics} statistics, {worst.inputs} inputs, seed {worst.seed}); do not deploy it"
+            )
+        return self
+
+
+def prove(
+    model: nn.Module,
+    folded: nn.Module | None,
+    input_shape: Sequence[int],
+    seed: int = 0,
+    *,
+    repeats: int = 3,
+    fold_function: Callable[[nn.Module], nn.Module] | None = None,
+) -> FoldReport:
+    """Compare a network with its fold, as given and then ``repeats`` times under random batch norm statistics.
+
+    Args:
+        model: the unfolded network in eval mode; not changed.
+        folded: its fold, compared as given; None to look only at the random cases.
+        input_shape: (N, C, H, W) or whatever the network takes, batch first; sizes at least 1.
+        seed: of statistics and inputs; the report is a function of the arguments.
+        repeats: number of draws of the statistics (each folded anew), each in float64 and float32 on three inputs.
+        fold_function: what folds a copy; ``fold`` by default.
+    Raises:
+        InputError: training mode, nothing foldable, a bad shape.
+        CheckFailedError: never for a wrong fold (see ``FoldReport.require``), only for one that cannot be judged
+            because the network itself is chaotic or not finite.
+    """
+    if not input_shape or any(int(size) < 1 for size in input_shape):
+        raise InputError(f"input shape {tuple(input_shape)} has no elements: give sizes of at least 1, batch first")
+    generator = torch.Generator().manual_seed(seed)
+    inputs = _inputs(tuple(int(size) for size in input_shape), generator)
+    plan = plan_fold(model, inputs["normal"].to(_dtype(model)))
+    make_fold = fold_function or (lambda network: fold(network, inputs["normal"].to(_dtype(network))))
+    cases = [] if folded is None else _cases(model, folded, inputs, "as given", seed)
+    for repeat in range(repeats):
+        network = copy.deepcopy(model).double()
+        randomise(network, inputs["normal"].double(), torch.Generator().manual_seed(seed + 1 + repeat))
+        cases += _cases(network, make_fold(network), inputs, "random", seed + 1 + repeat)
+    return FoldReport(type(model).__name__, plan.pairs, plan.left, tuple(cases))
+
+
+def randomise(model: nn.Module, example_input: Tensor, generator: torch.Generator) -> None:
+    """Give every batch norm random statistics, in place: gamma in ±[0.3, 1.5] with one in ten zero, beta in ±0.5.
+
+    Running mean and variance are those of the activations on ``example_input`` (batch first), moved by up to half a
+    standard deviation and scaled by 0.3 to 2: non-trivial, yet a deep network's activations neither die nor explode.
+    """
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=torch.float64).mul_(high - low).add_(low).to(like)
+
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
+    batch = torch.cat([example_input, *(_like(example_input, generator) for _ in range(7))])
+    with torch.no_grad():
+        for norm in norms:
+            norm.eps = float(10 ** uniform(torch.empty(()), -5, -2.5))
+            if norm.affine:
+                sign = torch.sign(uniform(norm.weight, -1, 1))
+                alive = (uniform(norm.weight, 0, 1) > 0.1).to(norm.weight)
+                norm.weight.copy_(sign * alive * uniform(norm.weight, 0.3, 1.5))
+                norm.bias.copy_(uniform(norm.bias, -0.5, 0.5))
+            norm.train()
+            norm.momentum = 1.0  # the running statistics become those of this batch
+        model(batch)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval()
+            norm.momentum = momentum
+            mean, variance = norm.running_mean, norm.running_var
+            if mean is None or variance is None:
+                raise InternalError("a batch norm lost its running statistics in a forward pass")
+            mean.add_(variance.sqrt() * uniform(mean, -0.5, 0.5))
+            variance.mul_(uniform(variance, 0.3, 2.0)).add_(0.01 * variance.mean())  # a dead channel's is zero
+
+
+def _inputs(shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """Inputs of non-zero mean (a zero mean hides border mistakes), a constant one, and large values."""
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return {"normal": normal + 0.3, "constant": torch.full(shape, 0.7, dtype=torch.float64), "large": 20 * normal - 5}
+
+
+def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) + 0.3
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _cases(
+    model: nn.Module, folded: nn.Module, inputs: dict[str, Tensor], statistics: str, seed: int
+) -> list[FoldCase]:
+    """Both networks, both precisions, every input. Weights are cast from what each network holds."""
+    exact = copy.deepcopy(model).double()
+    single = copy.deepcopy(model).float()
+    networks = {torch.float64: copy.deepcopy(folded).double(), torch.float32: copy.deepcopy(folded).float()}
+    # A fold made and stored in float32 carries float32 rounding in its weights, whatever precision it is run in.
+    stored = max(torch.finfo(_dtype(network)).eps for network in (model, folded))
+    cases = []
+    for kind, values in inputs.items():
+        expected = _run(exact, values)
+        scale = max((float(t.abs().max()) for t in expected if t.numel()), default=0.0)
+        noise32 = _error(_run(single, values.float()), expected) / max(scale, 1e-30)
+        if not noise32 < _CHAOTIC:
+            raise CheckFailedError(
+                f"{type(model).__name__} cannot prove a fold: float32 alone changes its output by {noise32:.2g} of "
+                f"the largest value ({statistics} statistics, {kind} inputs); look for NaN, recalibrate its batch norms"
+            )
+        amplification = max(noise32 / _EPS32, 4.0)  # how much the network magnifies rounding
+        for dtype, network in networks.items():
+            eps = torch.finfo(dtype).eps
+            noise, tolerance = noise32 / _EPS32 * eps, _MARGIN * amplification * max(eps, stored)
+            error = _error(_run(network, values.to(dtype)), expected)
+            relative = error / max(scale, 1e-30)
+            name = str(dtype).removeprefix("torch.")
+            ok = relative <= tolerance
+            cases.append(FoldCase(statistics, kind, name, seed, error, relative, noise, tolerance, ok))
+    return cases
+
+
+def _run(model: nn.Module, values: Tensor) -> list[Tensor]:
+    """All floating point outputs of a network, in float64."""
+    from torch.utils._pytree import tree_leaves
+
+    with torch.no_grad():
+        outputs = tree_leaves(model(values))
+    return [tensor.double() for tensor in outputs if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+
+
+def _error(got: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest absolute difference; infinite when shapes differ or a value is not a number."""
+    if [t.shape for t in got] != [t.shape for t in expected]:
+        return float("inf")
+    errors = [float((a - b).abs().max()) for a, b in zip(got, expected, strict=True) if a.numel()]
+    return float("inf") if any(e != e for e in errors) else max(errors, default=0.0)
