@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests that measure no time hold the timing lock's shared side, so they never disturb one that does."""
+"""Shared fixtures. A test that measures no time holds the shared side of the timing lock."""
 
 from __future__ import annotations
 
