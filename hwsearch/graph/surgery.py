@@ -1,0 +1,309 @@
+"""``shrink``: a width choice turned into a smaller plain module, weights carried over.
+
+Contract: the function is preserved exactly where the dropped units are dead (nothing reads them, or they are read with zero
+weights), for every neutral group. ``shrink`` checks shapes by running the result; ``freeze_failing`` checks the promise
+itself, with random weights, once per space.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hwsearch.errors import HwsearchError, InputError, UnsupportedModelError
+from hwsearch.graph.capture import evaluation_mode, first_line, try_forward
+from hwsearch.graph.widths import IntArray, WidthChoice, WidthSpace
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: Largest relative difference that the check of a space accepts (float32, random weights).
+_TOLERANCE = 1e-3
+
+
+def shrink(
+    model: nn.Module,
+    space: WidthSpace,
+    choice: WidthChoice,
+    keep: Mapping[str, np.ndarray] | None = None,
+    *,
+    check: bool = True,
+) -> nn.Module:
+    """A smaller copy of ``model`` at ``choice``; ``model`` itself is not touched.
+
+    Args:
+        model: the model that ``space`` was made from, or its folded form (a bias that folding added follows its weight).
+        space: its width space.
+        choice: units to keep per group.
+        keep: unit indices per group name, as many as the choice says; a group that is not named keeps its first units.
+        check: run the result once and compare the output shape.
+
+    Raises:
+        InputError: a choice or ``keep`` that does not fit the space.
+        UnsupportedModelError: the model cannot be copied, or its Python code fixes a size that had to change.
+
+    Example:
+        >>> small = shrink(model, space, space.uniform(0.5))
+    """
+    space.validate(choice)
+    kept = kept_units(space, choice, keep)
+    try:
+        small = copy.deepcopy(model)
+    except Exception as error:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
+    cut = axis_positions(space, kept, {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()})
+    _cut_tensors(small, space, cut)
+    for module in small.modules():
+        _fix_attributes(module)
+    if check:
+        _check_shape(small, space, choice)
+    return small
+
+
+def kept_units(space: WidthSpace, choice: WidthChoice, keep: Mapping[str, np.ndarray] | None = None) -> list[IntArray]:
+    """Kept unit indices of every group, ascending: from ``keep`` where given, else the first ones.
+
+    Raises:
+        InputError: an unknown group, indices out of range or repeated, or not as many as the choice says.
+    """
+    keep = keep or {}
+    unknown = sorted(keep.keys() - {group.name for group in space.groups})
+    if unknown:
+        raise InputError(f"keep names no group of this space: {unknown[0]!r}")
+    kept = []
+    for group, width in zip(space.groups, choice.widths, strict=True):
+        indices = np.sort(np.asarray(keep.get(group.name, np.arange(width))).ravel().astype(np.int64))
+        if len(indices) != width or len(np.unique(indices)) != width:
+            raise InputError(f"keep for group {group.name} must hold {width} distinct units, got {len(indices)}")
+        if width and (indices[0] < 0 or indices[-1] >= group.units):
+            raise InputError(f"keep for group {group.name} must lie in 0 to {group.units - 1}, got {indices.tolist()}")
+        kept.append(indices)
+    return kept
+
+
+def axis_positions(
+    space: WidthSpace, kept: list[IntArray], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[tuple[str, int], IntArray]:
+    """The positions to keep on every parameter axis that some group cuts, ascending.
+
+    ``shapes`` names the tensors that exist. ``X.bias`` without a place of its own follows axis 0 of ``X.weight``: folding a
+    batch normalisation into a convolution adds such a bias.
+    """
+    masks: dict[tuple[str, int], np.ndarray] = {}
+    for group, units in zip(space.groups, kept, strict=True):
+        dropped = np.setdiff1d(np.arange(group.units), units)
+        if not len(dropped):
+            continue
+        for slot in group.slots:
+            if slot.parameter not in shapes:
+                continue
+            size = shapes[slot.parameter][slot.axis]
+            mask = masks.setdefault((slot.parameter, slot.axis), np.ones(size, dtype=bool))
+            mask[slot.positions[dropped].ravel()] = False
+    known = set(space.network.shapes)
+    for name, shape in shapes.items():
+        owner = name.removesuffix("bias") + "weight"
+        if name.endswith("bias") and name not in known and (owner, 0) in masks and len(shape) == 1:
+            transposed = shapes[owner][0] != shape[0]
+            axis = 1 if transposed else 0
+            if (owner, axis) in masks and len(masks[owner, axis]) == shape[0]:
+                masks[name, 0] = masks[owner, axis]
+    return {key: np.flatnonzero(mask) for key, mask in masks.items()}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _cut_tensors(model: nn.Module, space: WidthSpace, cut: Mapping[tuple[str, int], IntArray]) -> None:
+    import torch
+
+    aliases = dict(space.network.aliases)
+    owners: dict[str, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules():  # a module under two names is visited once, its tensor set once
+        for name in [*module._parameters, *module._buffers]:
+            full = f"{path}.{name}" if path else name
+            owners.setdefault(aliases.get(full, full), []).append((module, name))
+    by_tensor: dict[str, dict[int, IntArray]] = {}
+    for (name, axis), positions in cut.items():
+        by_tensor.setdefault(name, {})[axis] = positions
+    for name, axes in by_tensor.items():
+        if name not in owners:
+            continue
+        module, local = owners[name][0]
+        tensor = getattr(module, local)
+        data = tensor.detach()
+        for axis, positions in axes.items():
+            data = data.index_select(axis, torch.from_numpy(positions).to(data.device))
+        data = data.clone()
+        new = torch.nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else data
+        for module, local in owners[name]:  # tied tensors stay tied
+            setattr(module, local, new)
+
+
+def _fix_attributes(module: nn.Module) -> None:
+    """Bring a module's size attributes in line with its (already cut) tensors."""
+    import torch
+    from torch import nn
+
+    weight: Any = getattr(module, "weight", None)
+    size = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) and size:
+        if module.groups == module.in_channels:
+            module.groups = size[0]
+        module.in_channels, module.out_channels = size[0], size[1] * module.groups
+    elif isinstance(module, nn.modules.conv._ConvNd) and size:
+        if module.groups == module.in_channels and module.groups > 1:
+            module.groups = size[0] * module.groups // module.out_channels
+        module.in_channels, module.out_channels = size[1] * module.groups, size[0]
+    elif isinstance(module, nn.Linear) and size:
+        module.out_features, module.in_features = size
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        mean: Any = module.running_mean
+        extent = size or (tuple(mean.shape) if isinstance(mean, torch.Tensor) else None)
+        if extent:
+            module.num_features = extent[0]
+    elif isinstance(module, nn.GroupNorm) and size:
+        module.num_channels = size[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and size:
+        module.normalized_shape = size
+    elif isinstance(module, nn.PReLU) and size:
+        module.num_parameters = size[0]
+    elif isinstance(module, nn.Embedding) and size:
+        module.num_embeddings, module.embedding_dim = size
+
+
+def _check_shape(small: nn.Module, space: WidthSpace, choice: WidthChoice) -> None:
+    import torch
+
+    example = _example(small, space, torch.zeros)
+    with evaluation_mode(small):
+        try:
+            output = try_forward(small, example)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"{type(small).__name__} cannot run at widths {list(choice.widths)}: {first_line(error)}; "
+                "a size is written in its Python code, read it from the tensor's shape instead"
+            ) from error
+    found = tuple(_first_tensor(output).shape)
+    if found != space.network.output_shape:
+        raise UnsupportedModelError(
+            f"{type(small).__name__} at widths {list(choice.widths)} returns shape {found} instead of "
+            f"{space.network.output_shape}; a size is written in its Python code, read it from the tensor's shape instead"
+        )
+
+
+def _example(model: nn.Module, space: WidthSpace, make: Any) -> Tensor:
+    """An input of the captured shape on the model's device and in its dtype."""
+    import torch
+
+    first = next((tensor for tensor in _tensors(model).values() if tensor.is_floating_point()), None)
+    example: Tensor = make(space.network.input_shape)
+    return example if first is None else example.to(first.device, first.dtype if first.dtype != torch.int8 else None)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return output
+    items = list(output.values()) if isinstance(output, dict) else list(output)
+    return _first_tensor(items[0])
+
+
+def freeze_failing(model: nn.Module, space: WidthSpace) -> WidthSpace:
+    """Drop the groups whose shrinking breaks the network or changes its function, with the reason.
+
+    A copy with random weights is shrunk to about half everywhere and compared with the full copy whose dropped units are read
+    with zero weights. Only when that fails is every group tried alone.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]), evaluation_mode(model):
+        torch.manual_seed(0)
+        try:
+            probe = copy.deepcopy(model)
+        except Exception as error:
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
+        _randomise(probe)
+        example = _example(probe, space, torch.randn)
+        if _failure(probe, space, list(range(len(space.groups))), example) is None:
+            return space
+        reasons, kept = dict(space.frozen_reasons), []
+        for index, group in enumerate(space.groups):
+            failure = _failure(probe, space, [index], example)
+            if failure is None:
+                kept.append(group)
+            else:
+                for slot in group.slots:
+                    reasons[f"{slot.parameter} axis {slot.axis}"] = failure
+        return replace(space, groups=tuple(kept), frozen_reasons=reasons)
+
+
+def _failure(probe: nn.Module, space: WidthSpace, indices: list[int], example: Tensor) -> str | None:
+    """Why the groups at ``indices`` cannot be shrunk together, or None."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    widths, keep = [], {}
+    for index, group in enumerate(space.groups):
+        width = max(1, group.units // 2) if index in indices else group.units
+        widths.append(width)
+        keep[group.name] = np.sort(rng.permutation(group.units)[:width])
+    # The probe's widths need not be allowed ones: what is tested is the group, not the quantum.
+    free = replace(space, groups=tuple(replace(g, widths=tuple(range(1, g.units + 1))) for g in space.groups))
+    try:
+        small = shrink(probe, free, WidthChoice(tuple(widths)), keep)
+    except HwsearchError as error:
+        return first_line(error)
+    if not all(space.groups[index].neutral for index in indices):
+        return None  # shapes are all that can be promised: the function changes by design
+    dead = kill_units(probe, space, {name: np.setdiff1d(np.arange(g.units), keep[name]) for name, g in _named(space)})
+    with torch.no_grad():
+        wanted, got = _first_tensor(dead(example)), _first_tensor(small(example))
+    scale = float(wanted.abs().max()) or 1.0
+    error = float((wanted - got).abs().max()) / scale
+    if error <= _TOLERANCE:
+        return None
+    return f"dropping dead units changes the output by {error:.0%}: a size is written in the model's Python code"
+
+
+def kill_units(model: nn.Module, space: WidthSpace, dropped: Mapping[str, np.ndarray]) -> nn.Module:
+    """A copy of ``model`` in which nothing reads the dropped units: their columns in every reading weight are zero."""
+    import torch
+
+    dead = copy.deepcopy(model)
+    tensors = _tensors(dead)
+    with torch.no_grad():
+        for group in space.groups:
+            units = np.asarray(dropped.get(group.name, ()), dtype=np.int64)
+            for slot in group.slots:
+                if slot.reads and len(units):
+                    positions = torch.from_numpy(slot.positions[units].ravel())
+                    tensors[slot.parameter].index_fill_(slot.axis, positions.to(tensors[slot.parameter].device), 0.0)
+    return dead
+
+
+def _named(space: WidthSpace) -> list[tuple[str, Any]]:
+    return [(group.name, group) for group in space.groups]
+
+
+def _randomise(model: nn.Module) -> None:
+    """Random weights and non-trivial statistics, scaled so that no layer dies or explodes."""
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in _tensors(model).items():
+            if not tensor.is_floating_point():
+                continue
+            if tensor.dim() > 1:
+                fan_in = max(1, tensor[0].numel())
+                tensor.copy_(torch.randn(tensor.shape) * (2.0 / fan_in) ** 0.5)
+            elif name.endswith("running_var") or name.endswith("weight"):
+                tensor.copy_(torch.rand(tensor.shape) + 0.5)
+            else:
+                tensor.copy_(torch.randn(tensor.shape) * 0.1)
