@@ -8,29 +8,23 @@ reads their losses there, so it ends exactly as the unbroken one would.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hwsearch.errors import AnswerIsNo, InputError, InternalError
+from hwsearch.errors import AnswerIsNo, InputError
 from hwsearch.search.grid import Indices, WidthGrid, Widths, row_keys
-from hwsearch.search.journal import Journal
+from hwsearch.search.scores import Score, Scores
 
 if TYPE_CHECKING:
     from hwsearch.graph.widths import WidthChoice, WidthSpace
     from hwsearch.search.budget import Budget, Floats
 
-Score = Callable[[Widths], "Floats"]  #: int64 (N, G) widths -> losses (N,), smaller is better
 Progress = Callable[[int, int, str], None]  #: done, total, text
-
-SCHEMA = "hwsearch.losses"
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -132,136 +126,102 @@ def evolve(
     settings = settings or EvolutionSettings()
     budget.check_reachable(space)
     grid = WidthGrid.of(space)
-    scores = Scores(score, settings.score_batch, _journal(journal, grid, settings, seed, context))
-    found = _run(space, budget, grid, scores, settings, seed, progress, grid.population(list(initial)))
-    if not any(math.isfinite(c.loss) for c in found[0]):
-        raise AnswerIsNo(
-            f"none of the {len(found[0])} choices that were tried has a finite loss: the super-network diverged; "
-            "train it with a lower learning rate"
-        )
-    return EvolutionResult(found[0], found[0][0], found[1])
+    belongs = {"seed": seed, "space": grid.digest, "settings": asdict(settings), "context": context}
+    scores = Scores(score, settings.score_batch, Path(journal) if journal else None, belongs)
+    return _Evolution(space, budget, grid, scores, settings, seed, progress).run(grid.population(list(initial)))
 
 
-class Scores:
-    """Losses by choice, cached and journalled: asks ``score`` only for what no earlier run has finished."""
+class _Evolution:
+    """One evolution: pymoo asks, the budget predicts, ``scores`` answers."""
 
-    def __init__(self, score: Score, batch: int, journal: Journal | None = None) -> None:
-        self._score, self._batch, self._journal = score, batch, journal
-        self._known: dict[tuple[int, ...], float] = {}
-        for record in journal.open() if journal else ():
-            loss = record["loss"]
-            self._known[tuple(record["widths"])] = math.inf if loss is None else float(loss)
+    def __init__(
+        self,
+        space: WidthSpace,
+        budget: Budget,
+        grid: WidthGrid,
+        scores: Scores,
+        settings: EvolutionSettings,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self.space, self.budget, self.grid, self.scores = space, budget, grid, scores
+        self.settings, self.seed, self.progress = settings, seed, progress
+        # Beside pymoo's own generator, which draws parents, crossovers and mutations from the same seed.
+        self.rng = np.random.default_rng([seed, 1])
+        self.found: dict[tuple[int, ...], Candidate] = {}
 
-    def __call__(self, choices: Widths, report: Callable[[int], None] = lambda done: None) -> list[float]:
-        """Losses of choices (N, G), in their order; ``report`` hears how many are done."""
-        keys = row_keys(choices)
-        missing = [i for i, key in enumerate(keys) if key not in self._known]
-        for at in range(0, len(missing), self._batch):
-            rows = missing[at : at + self._batch]
-            losses = np.asarray(self._score(choices[rows]), dtype=np.float64).reshape(-1)
-            if losses.shape != (len(rows),):
-                raise InternalError(f"score gave {losses.shape[0]} losses for {len(rows)} choices")
-            for row, loss in zip(rows, losses.tolist(), strict=True):
-                self._known[keys[row]] = loss if math.isfinite(loss) else math.inf
-                if self._journal:
-                    finite = loss if math.isfinite(loss) else None
-                    self._journal.append({"widths": list(keys[row]), "loss": finite})
-            report(len(keys) - len(missing) + at + len(rows))
-        return [self._known[key] for key in keys]
+    def run(self, given: Widths) -> EvolutionResult:
+        """Ask and tell until the settings are used up; ``given`` are the caller's choices (N, G) to start from."""
+        algorithm = _algorithm(self, self.first_choices(given))
+        generation = 0
+        while generation < self.settings.generations and len(self.found) < self.settings.most:
+            asked = algorithm.ask()
+            if asked is None or len(asked) == 0:
+                break  # every choice that mating can reach has been scored
+            self.judge(algorithm, asked[: self.settings.most - len(self.found)])
+            generation += 1
+        ranked = tuple(sorted(self.found.values(), key=lambda c: (c.loss, c.ms, c.choice.widths)))
+        if not ranked or not math.isfinite(ranked[0].loss):
+            raise AnswerIsNo(
+                f"none of the {len(ranked)} choices that were tried has a finite loss: the super-network diverged; "
+                "train it with a lower learning rate"
+            )
+        return EvolutionResult(ranked, ranked[0], generation)
 
+    def first_choices(self, given: Widths) -> Indices:
+        """Where evolution starts, in the budget: the caller's, a uniform scaling, ramps over depth, random ones."""
+        grid, count = self.grid, self.settings.population
+        depth = np.linspace(0, 1, grid.groups)
+        ramps = [grid.full * (a + (b - a) * depth) for a, b in ((0.3, 1.0), (1.0, 0.3), (0.5, 0.9), (0.9, 0.5))]
+        planned = np.concatenate([given, grid.uniform([0.5]), grid.take(grid.nearest(np.stack(ramps)))])
+        rows = np.concatenate([planned, grid.sample(2 * count, self.rng)])
+        # Half as many again as wanted: some become equal once they are repaired.
+        rows = rows[: max(count, len(given)) + count // 2]
+        return self.different(self.budget.repair(self.space, rows, self.rng))[:count]
 
-def _journal(
-    path: Path | None, grid: WidthGrid, settings: EvolutionSettings, seed: int, context: str
-) -> Journal | None:
-    """The journal of this search, with a header that names everything its losses depend on."""
-    if path is None:
-        return None
-    digest = hashlib.sha256(json.dumps([grid.names, grid.key]).encode()).hexdigest()
-    return Journal(
-        Path(path),
-        {
-            "schema": SCHEMA,
-            "version": VERSION,
-            "seed": seed,
-            "space": digest[:16],
-            "settings": asdict(settings),
-            "context": context,
-        },
-    )
+    def different(self, choices: Widths) -> Indices:
+        """Indices of the choices (N, G), each once, in their order."""
+        once = list(dict.fromkeys(row_keys(choices)))
+        return self.grid.nearest(np.asarray(once, dtype=np.int64).reshape(-1, self.grid.groups))
 
-
-def _first_choices(
-    space: WidthSpace, budget: Budget, grid: WidthGrid, count: int, given: Widths, rng: np.random.Generator
-) -> Widths:
-    """Where evolution starts, repaired: the caller's choices, a uniform scaling, ramps over depth, then random ones."""
-    depth = np.linspace(0, 1, grid.groups)
-    ramps = [grid.full * (a + (b - a) * depth) for a, b in ((0.3, 1.0), (1.0, 0.3), (0.5, 0.9), (0.9, 0.5))]
-    planned = np.concatenate([given, grid.uniform([0.5]), grid.take(grid.nearest(np.stack(ramps)))])
-    rows = np.concatenate([planned, grid.sample(2 * count, rng)])
-    return budget.repair(space, rows[: max(count, len(given)) + count // 2], rng)
-
-
-def _run(
-    space: WidthSpace,
-    budget: Budget,
-    grid: WidthGrid,
-    scores: Scores,
-    settings: EvolutionSettings,
-    seed: int,
-    progress: Progress | None,
-    given: Widths,
-) -> tuple[tuple[Candidate, ...], int]:
-    """The ask and tell loop; returns the candidates, best first, and the number of generations that ran."""
-    from hwsearch.graph.widths import WidthChoice
-
-    rng = np.random.default_rng([seed, 1])
-    found: dict[tuple[int, ...], Candidate] = {}
-    first = grid.nearest(_first_choices(space, budget, grid, settings.population, given, rng))
-    algorithm = _algorithm(space, budget, grid, settings, seed, first, found, rng)
-    generation = 0
-    while generation < settings.generations and len(found) < settings.most:
-        asked = algorithm.ask()
-        if asked is None or len(asked) == 0:
-            break  # the budget's neighbourhood holds no choice that was not scored
-        asked = asked[: settings.most - len(found)]
-        choices = grid.take(asked.get("X"))
-        ms = budget.evaluate(choices)
-        use = budget.use_of(ms)
-        if (keep := use <= 1.0).sum() < len(keep):  # repair promises this; never score what cannot be used
-            asked, choices, ms, use = asked[keep], choices[keep], ms[keep], use[keep]
-        done = len(found)
-        losses = scores(choices, lambda n, done=done: _report(progress, done + n, settings.most, found))  # type: ignore[misc]
-        for key, loss, times in zip(row_keys(choices), losses, ms.tolist(), strict=True):
-            found[key] = Candidate(WidthChoice(key), loss, tuple(times))
-        # pymoo sorts with comparisons that infinity would upset: the worst finite loss plus one stands for it.
-        finite = [c.loss for c in found.values() if math.isfinite(c.loss)]
-        worst = max(finite, default=0.0) + 1.0
+    def judge(self, algorithm: Any, asked: Any) -> None:
+        """Score what pymoo asked for and tell it."""
+        choices = self.grid.take(asked.get("X"))
+        ms = self.budget.evaluate(choices)
+        use = self.budget.use_of(ms)
+        if not (keeps := use <= 1.0).all():  # repair promises it; still, never score what cannot be used
+            asked, choices, ms, use = asked[keeps], choices[keeps], ms[keeps], use[keeps]
+        done = len(self.found)
+        losses = self.scores(choices, lambda more: self.report(done + more))
+        self.found |= {
+            key: Candidate(_choice(key), loss, tuple(times))
+            for key, loss, times in zip(row_keys(choices), losses, ms.tolist(), strict=True)
+        }
+        self.report(len(self.found))
+        if len(asked) == 0:
+            return
+        # pymoo's sorting is not made for infinity: one more than the worst finite loss stands for it.
+        worst = max((c.loss for c in self.found.values() if math.isfinite(c.loss)), default=0.0) + 1.0
         objectives = [[loss if math.isfinite(loss) else worst for loss in losses]]
-        if settings.minimise_ms:
+        if self.settings.minimise_ms:
             objectives.append(use.tolist())
         _tell(algorithm, asked, np.asarray(objectives, dtype=np.float64).T)
-        generation += 1
-        _report(progress, len(found), settings.most, found)
-    return tuple(sorted(found.values(), key=lambda c: (c.loss, c.ms, c.choice.widths))), generation
+
+    def report(self, done: int) -> None:
+        """Tell the caller how far it is."""
+        if self.progress:
+            best = min((c.loss for c in self.found.values()), default=math.inf)
+            self.progress(done, self.settings.most, f"best loss {best:.4f}" if math.isfinite(best) else "")
 
 
-def _report(progress: Progress | None, done: int, total: int, found: dict[tuple[int, ...], Candidate]) -> None:
-    if progress:
-        best = min((c.loss for c in found.values()), default=math.inf)
-        progress(done, total, f"best loss {best:.4f}" if math.isfinite(best) else "")
+def _choice(key: tuple[int, ...]) -> WidthChoice:
+    from hwsearch.graph.widths import WidthChoice
+
+    return WidthChoice(key)
 
 
-def _algorithm(
-    space: WidthSpace,
-    budget: Budget,
-    grid: WidthGrid,
-    settings: EvolutionSettings,
-    seed: int,
-    first: Indices,
-    found: dict[tuple[int, ...], Candidate],
-    rng: np.random.Generator,
-) -> Any:
-    """pymoo's NSGA-II, set up with our repair, and with everything scored so far counted as a duplicate."""
+def _algorithm(evolution: _Evolution, first: Indices) -> Any:
+    """pymoo's NSGA-II with our repair, for which everything scored so far is a duplicate."""
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.core.duplicate import DuplicateElimination
     from pymoo.core.problem import Problem
@@ -270,23 +230,24 @@ def _algorithm(
     from pymoo.operators.crossover.ux import UniformCrossover
     from pymoo.operators.mutation.pm import PolynomialMutation
 
+    grid, settings = evolution.grid, evolution.settings
+
     class IntoBudget(Repair):  # type: ignore[misc]
         def _do(self, problem: Any, X: Any, **kwargs: Any) -> Any:
             rounded = np.clip(np.rint(np.asarray(X, dtype=np.float64)).astype(np.int64), 0, grid.top)
-            return grid.nearest(budget.repair(space, grid.take(rounded), rng))
+            return grid.nearest(evolution.budget.repair(evolution.space, grid.take(rounded), evolution.rng))
 
     class Unseen(DuplicateElimination):  # type: ignore[misc]
         def do(self, pop: Any, *others: Any, return_indices: bool = False, to_itself: bool = True) -> Any:
             known = {key for other in others if len(other) for key in row_keys(grid.take(other.get("X")))}
             fresh = []
-            for i, key in enumerate(row_keys(grid.take(pop.get("X"))) if len(pop) else ()):
-                if key not in known and key not in found:
-                    fresh.append(i)
+            for at, key in enumerate(row_keys(grid.take(pop.get("X"))) if len(pop) else ()):
+                if key not in known and key not in evolution.found:
+                    fresh.append(at)
                 known.add(key)
             stale = sorted(set(range(len(pop))) - set(fresh))
             return (pop[fresh], fresh, stale) if return_indices else pop[fresh]
 
-    problem = Problem(n_var=grid.groups, n_obj=2 if settings.minimise_ms else 1, xl=np.zeros(grid.groups), xu=grid.top)
     algorithm = NSGA2(
         pop_size=settings.population,
         sampling=first,
@@ -297,10 +258,11 @@ def _algorithm(
         repair=IntoBudget(),
         eliminate_duplicates=Unseen(),
     )
-    # Each retry costs a round of repairs; where the space is nearly exhausted a small generation is the better answer.
+    # Each retry costs a round of repairs; where the space is nearly used up, a small generation is the better answer.
     algorithm.mating.n_max_iterations = 6
-    # pymoo draws from its own generator once it has a seed; with None it would ask the operating system.
-    algorithm.setup(problem, termination=NoTermination(), seed=seed, verbose=False)
+    problem = Problem(n_var=grid.groups, n_obj=2 if settings.minimise_ms else 1, xl=np.zeros(grid.groups), xu=grid.top)
+    # With a seed pymoo draws from a generator of its own; without one it would ask the operating system.
+    algorithm.setup(problem, termination=NoTermination(), seed=evolution.seed, verbose=False)
     return algorithm
 
 
@@ -311,8 +273,3 @@ def _tell(algorithm: Any, asked: Any, objectives: Floats) -> None:
 
     Evaluator().eval(StaticProblem(algorithm.problem, F=objectives), asked)
     algorithm.tell(infills=asked)
-
-
-def choices_of(candidates: Sequence[Candidate]) -> list[WidthChoice]:
-    """The choices of candidates, in their order."""
-    return [candidate.choice for candidate in candidates]

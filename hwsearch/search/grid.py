@@ -7,7 +7,9 @@ network can make.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,6 +68,11 @@ class WidthGrid:
         """A hashable identity of the allowed widths."""
         return tuple(tuple(int(w) for w in widths) for widths in self.allowed)
 
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that differ between spaces of different groups or allowed widths."""
+        return hashlib.sha256(json.dumps([self.names, self.key]).encode()).hexdigest()[:16]
+
     def take(self, indices: ArrayLike) -> Widths:
         """Widths (N, G) at ``indices`` (N, G)."""
         rows = np.asarray(indices, dtype=np.int64)
@@ -101,8 +108,8 @@ class WidthGrid:
             InputError: a row does not have one width per group.
         """
         if not isinstance(choices, np.ndarray):
-            choices = [getattr(choice, "widths", choice) for choice in choices]  # type: ignore[union-attr]
-        rows = np.asarray(choices, dtype=np.int64)
+            choices = np.asarray([getattr(choice, "widths", choice) for choice in choices])  # type: ignore[union-attr]
+        rows = choices.astype(np.int64)
         rows = rows.reshape(0, self.groups) if rows.size == 0 else np.atleast_2d(rows)
         if rows.ndim != 2 or rows.shape[1] != self.groups:
             raise InputError(
@@ -115,8 +122,3 @@ class WidthGrid:
 def row_keys(choices: Widths) -> list[tuple[int, ...]]:
     """Each row as a hashable tuple of plain integers."""
     return [tuple(row) for row in choices.tolist()]
-
-
-def mean_ratio(choices: Widths, full: Sequence[int] | Widths) -> NDArray[np.float64]:
-    """Mean of width over full width per choice, shape (N,): a rough size, used to order choices."""
-    return np.asarray((choices / np.asarray(full, dtype=np.float64)).mean(axis=1), dtype=np.float64)
