@@ -1,0 +1,267 @@
+"""The process beside the runtime: ``python -m hwsearch.device.agent``.
+
+One JSON object a line: requests on standard input, answers on standard output; networks and arrays travel as files. A
+local device runs this as a subprocess, so that a runtime that crashes on a network takes one job with it and no more.
+Standard library, numpy and the device's own runtime; no torch.
+
+A request is ``{"id", "job", "device", ...}``; each answer carries the id and an ``event``. ``done`` or ``error`` ends a job:
+
+    probe      {}                                                   -> done {fingerprint}
+    optimise   {networks: [path]}                                   -> optimised {index, path} ..., done
+    time       {networks: [{name, path}], canary, reference_ms,     -> timing {index, timing, ops, optimised} or
+                settings, nodes, folder}                               failed {index, kind, message} ..., done
+    calibrate  {canary, seconds}                                    -> done {reference, busy, stolen}
+    run        {network: path, inputs: path of .npz, names}         -> done {outputs: path of .npz, names}
+
+Before a network is touched its index is written to ``folder/current``: after a crash the host knows whom to blame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from hwsearch.device.spec import Device
+from hwsearch.device.stopwatch import Stopwatch, StopwatchSettings, Timing
+from hwsearch.errors import DeviceJobError, HwsearchError
+
+HEARTBEAT_S = 2.0
+JOBS = ("probe", "optimise", "time", "calibrate", "run")
+
+Answer = Callable[..., None]
+
+
+def runtime_of(device: Device) -> ModuleType:
+    """The module ``runtime_<name>``; all of them offer the same names."""
+    return import_module(f"hwsearch.device.runtime_{device.runtime}")
+
+
+class Jobs:
+    """What the agent can do: one method a job. ``answer(event, **fields)`` writes one line to the host."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self._benches: dict[tuple[str, str], Any] = {}
+
+    def probe(self, device: Device, request: dict[str, Any]) -> None:
+        """Tells the fingerprint."""
+        self.answer("done", fingerprint=runtime_of(device).probe(device).to_dict())
+
+    def optimise(self, device: Device, request: dict[str, Any]) -> None:
+        """Writes each network's optimised graph beside it."""
+        runtime, current = runtime_of(device), _Current(request["folder"])
+        for index, path in enumerate(request["networks"]):
+            current(index)
+            try:
+                optimised = runtime.optimise(device, Path(path).read_bytes())
+            except HwsearchError as error:
+                self.answer("failed", index=index, kind=type(error).__name__, message=str(error))
+                continue
+            target = Path(f"{path}.optimised")
+            target.write_bytes(optimised)
+            self.answer("optimised", index=index, path=str(target))
+        self.answer("done")
+
+    def time(self, device: Device, request: dict[str, Any]) -> None:
+        """Times networks; each timing is told as soon as it is final."""
+        runtime, current = runtime_of(device), _Current(request["folder"])
+        settings = StopwatchSettings(**request["settings"])
+        bench = self._bench(device, request["canary"])
+        heart = _Heart(self.answer)
+
+        def touch(index: int) -> None:
+            current(index)
+            heart.beat()
+
+        def watch() -> Stopwatch:
+            return Stopwatch(bench.canary, bench.clock, settings, request["reference_ms"], touch)
+
+        loaded: dict[int, Any] = {}
+
+        def loader(index: int) -> Callable[[], Any]:
+            def load() -> Any:
+                item = request["networks"][index]
+                loaded[index] = bench.open(item["name"], Path(item["path"]).read_bytes())
+                return loaded[index]
+
+            return load
+
+        def release(index: int) -> None:
+            if index in loaded:
+                loaded.pop(index).close()
+
+        items = [(item["name"], loader(index)) for index, item in enumerate(request["networks"])]
+        for index, outcome in _outcomes(runtime.INTERLEAVES, bench, watch, items, request["networks"], release):
+            if isinstance(outcome, Timing):
+                self._tell(index, outcome, loaded[index], settings, request, current)
+            else:
+                self.answer("failed", index=index, kind=type(outcome).__name__, message=str(outcome))
+        self.answer("done")
+
+    def _tell(
+        self,
+        index: int,
+        timing: Timing,
+        program: Any,
+        settings: StopwatchSettings,
+        request: dict[str, Any],
+        current: _Current,
+    ) -> None:
+        fields: dict[str, Any] = {}
+        if request["nodes"]:
+            current(index)
+            try:
+                shares, optimised = program.profile(settings.profile_runs, timing.raw_p50_ms)
+            except HwsearchError as error:
+                self.answer("failed", index=index, kind=type(error).__name__, message=str(error))
+                return
+            target = Path(request["folder"]) / f"{index}.optimised"
+            target.write_bytes(optimised)
+            fields = {"shares": shares, "optimised": str(target)}
+        self.answer("timing", index=index, timing=asdict(timing), **fields)
+
+    def calibrate(self, device: Device, request: dict[str, Any]) -> None:
+        """Times the canary alone, and tells who else used the machine meanwhile."""
+        bench = self._bench(device, request["canary"])
+        bench.begin(Path(request["canary"]).read_bytes())
+        heart = _Heart(self.answer)
+        stopwatch = Stopwatch(bench.canary, bench.clock, StopwatchSettings(), None, lambda index: heart.beat())
+        before = _cpu_seconds()
+        reference = stopwatch.calibrate(request["seconds"])
+        after = _cpu_seconds()
+        busy = stolen = None
+        if runtime_of(device).INTERLEAVES and before and after and after[0] > before[0]:
+            elapsed = after[0] - before[0]
+            busy = max(0.0, (after[1] - before[1]) - (after[3] - before[3])) / elapsed
+            stolen = (after[2] - before[2]) / elapsed
+        self.answer("done", reference=asdict(reference), busy=busy, stolen=stolen)
+
+    def run(self, device: Device, request: dict[str, Any]) -> None:
+        """Computes a network's outputs."""
+        _Current(request["folder"])(0)
+        # arrays go by number, names beside them: np.savez keeps a name such as "file" for itself
+        with np.load(request["inputs"], allow_pickle=False) as stored:
+            inputs = {name: stored[f"array_{number}"] for number, name in enumerate(request["names"])}
+        outputs = runtime_of(device).run(device, Path(request["network"]).read_bytes(), inputs)
+        target = Path(request["folder"]) / "outputs.npz"
+        np.savez(target, **{f"array_{number}": value for number, value in enumerate(outputs.values())})
+        self.answer("done", outputs=str(target), names=list(outputs))
+
+    def _bench(self, device: Device, canary: str) -> Any:
+        """The device's bench; kept between jobs, so that the canary is the same session throughout."""
+        data = Path(canary).read_bytes()
+        key = (json.dumps(device.to_dict(), sort_keys=True), hashlib.sha256(data).hexdigest())
+        if key not in self._benches:
+            self._benches.clear()
+            self._benches[key] = runtime_of(device).open_bench(device, data)
+        return self._benches[key]
+
+
+def _outcomes(
+    interleaves: bool,
+    bench: Any,
+    watch: Callable[[], Stopwatch],
+    items: list[Any],
+    networks: list[Any],
+    release: Callable[[int], None],
+) -> Iterator[tuple[int, Timing | HwsearchError]]:
+    """All outcomes; a runtime that does not interleave gets a fresh stopwatch for each network."""
+    if interleaves:
+        yield from watch().time(items, release)
+        return
+    for index, item in enumerate(items):
+        bench.begin(Path(networks[index]["path"]).read_bytes())
+        for _, outcome in watch().time([item], lambda _, index=index: release(index)):
+            yield index, outcome
+
+
+class _Current:
+    """Writes the index of the network at work to ``folder/current`` (some microseconds, outside of timed runs)."""
+
+    def __init__(self, folder: str) -> None:
+        self._file = os.open(Path(folder) / "current", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+
+    def __call__(self, index: int) -> None:
+        os.pwrite(self._file, b"%6d\n" % index, 0)
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+
+class _Heart:
+    """Tells the host now and then that work goes on, so that only a silent agent is taken for a dead one."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer, self._last = answer, time.monotonic()
+
+    def beat(self) -> None:
+        if time.monotonic() - self._last > HEARTBEAT_S:
+            self._last = time.monotonic()
+            self._answer("alive")
+
+
+def _cpu_seconds() -> tuple[float, float, float, float] | None:
+    """(now, busy seconds of all cores, seconds stolen by the hypervisor, seconds of this process); None off Linux."""
+    try:
+        words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
+        ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in words[1:]]
+    except (OSError, ValueError):
+        return None
+    user, nice, system, _, _, interrupt, soft, stolen = ticks[:8]
+    return time.monotonic(), user + nice + system + interrupt + soft, stolen, sum(os.times()[:2])
+
+
+def serve() -> None:
+    """Answers requests until standard input ends; leaves at once when the host is gone, even in the middle of a job."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # what a native library prints must not get between the lines
+    requests: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            requests.put(line)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    number = 0
+
+    def answer(event: str, **fields: Any) -> None:
+        try:
+            channel.write(json.dumps({"id": number, "event": event, **fields}) + "\n")
+        except BrokenPipeError:
+            os._exit(0)
+
+    jobs = Jobs(answer)
+    while (line := requests.get()) is not None:
+        request = json.loads(line)
+        number = request["id"]
+        try:
+            if request["job"] not in JOBS:
+                raise DeviceJobError(f"the agent knows no job {request['job']!r}; it is older than the host")
+            getattr(jobs, request["job"])(Device.from_dict(request["device"]), request)
+        except HwsearchError as error:
+            answer("error", kind=type(error).__name__, message=str(error))
+        except MemoryError:
+            answer("error", kind=DeviceJobError.__name__, message="the device has not enough memory for this network")
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            answer("error", kind="InternalError", message=f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    serve()

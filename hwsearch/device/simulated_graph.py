@@ -1,0 +1,204 @@
+"""The simulated runtime's optimiser: ONNX -> fused, blocked kernels, saved as JSON of its own (host and agent alike).
+
+It does what real CPU runtimes were seen to do, by shape:
+
+* channels are padded to blocks: the stairs;
+* a dense convolution runs blocked when its input channels are few (a stem) or a multiple of 4; a depth-wise one when its
+  channels are a multiple of 4; grouped ones never. What leaves the blocked path gets reorder nodes around it;
+* an activation is fused into the convolution before it; a residual add too, where both sides are blocked;
+* batch normalisation is folded into the convolution before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from hwsearch.device.onnx_kernels import Reader, spread
+from hwsearch.errors import DeviceJobError
+from hwsearch.graph.kernel import Kernel
+
+SCHEMA = "hwsearch.simulated-graph"
+_ACTIVATIONS = {"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"}
+_DENSE = ("conv", "conv_first", "pointwise")
+#: Families that run in whichever layout their input has.
+_EITHER = ("elementwise", "pool", "global_pool", "concat")
+
+
+@dataclass(eq=False)
+class _Step:
+    """A node, possibly several fused ones, before layouts are chosen."""
+
+    position: int
+    kernel: Kernel
+    inputs: list[str]  # activations only
+    output: str
+
+
+def optimised_graph(network: bytes, *, block: int) -> bytes:
+    """The optimised graph of an ONNX network, serialised.
+
+    Raises:
+        DeviceJobError: the bytes are no ONNX graph, hold no node, or an input has no fixed shape.
+    """
+    import onnx
+
+    try:
+        model = onnx.load_from_string(network)
+    except Exception as error:
+        raise DeviceJobError(f"no ONNX file: {' '.join(str(error).split()) or 'empty'}") from None
+    if not model.graph.node:
+        raise DeviceJobError("no ONNX file: the graph holds no node")
+    reader = Reader(model)
+    kernels = _layouts(_fused(model, reader), reader.shapes, block)
+    numbered = [replace(kernel, node=f"{index:03d}_{kernel.op}") for index, kernel in enumerate(kernels)]
+    document = {"schema": SCHEMA, "version": 1, "kernels": [asdict(kernel) for kernel in numbered]}
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def read_graph(data: bytes) -> tuple[Kernel, ...]:
+    """The kernels of a graph that :func:`optimised_graph` wrote.
+
+    Raises:
+        DeviceJobError: the bytes are something else.
+    """
+    try:
+        document = json.loads(data)
+        if document["schema"] != SCHEMA or document["version"] != 1:
+            raise ValueError(f"schema {document['schema']} version {document['version']}")
+        tuples = {field.name for field in fields(Kernel) if field.name in ("fused", "source")}
+        return tuple(
+            Kernel(**{name: tuple(value) if name in tuples else value for name, value in kernel.items()})
+            for kernel in document["kernels"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DeviceJobError(f"the optimised graph is not one of the simulated runtime ({error})") from None
+
+
+def _fused(model: Any, reader: Reader) -> list[_Step]:
+    """Nodes with their tails merged, in an order in which every input exists."""
+    steps: list[_Step] = []
+    made_by: dict[str, _Step] = {}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    readers.update(value.name for value in model.graph.output)
+    for node, kernel in zip(model.graph.node, reader.kernels(), strict=True):
+        inputs = [name for name in node.input if name and name not in reader.constants]
+        target = made_by.get(inputs[0]) if inputs else None
+        alone = bool(inputs) and readers[inputs[0]] == 1
+        conv = target is not None and target.kernel.family in (*_DENSE, "depthwise", "grouped")
+        tail: tuple[str, ...] | None = None
+        if conv and alone and node.op_type == "BatchNormalization" and target is not None and not target.kernel.fused:
+            tail = ()
+        elif (
+            conv
+            and alone
+            and node.op_type in _ACTIVATIONS
+            and target is not None
+            and _open_to_activation(target.kernel)
+        ):
+            tail = (node.op_type.lower(),)
+        elif node.op_type == "Add" and len(inputs) == 2 and kernel.inputs == 2:
+            # the later of the two sides takes the other one, which exists by then, as a further input
+            first, last = sorted((made_by.get(name) for name in inputs), key=lambda side: side.position if side else -1)
+            if (
+                last is not None
+                and last.kernel.family in _DENSE
+                and not last.kernel.fused
+                and readers[last.output] == 1
+            ):
+                if _made_blocked(last) and _made_blocked(first):
+                    target, tail = last, ("add",)
+                    last.inputs.append(inputs[0] if inputs[1] == last.output else inputs[1])
+        if tail is None or target is None:
+            step = _Step(len(steps), kernel, inputs, node.output[0])
+            steps.append(step)
+        else:
+            step = target
+            made_by.pop(step.output, None)
+            # the source stays the convolution's: its tail has no parameters of its own
+            step.kernel = replace(step.kernel, fused=step.kernel.fused + tail)
+            step.output = node.output[0]
+        for name in node.output:
+            made_by[name] = step
+    return steps
+
+
+def _open_to_activation(kernel: Kernel) -> bool:
+    return not kernel.fused or kernel.fused == ("add",)
+
+
+def _blocked(kernel: Kernel) -> bool:
+    """Whether a convolution runs in the blocked layout."""
+    if kernel.family == "conv_first":
+        return True
+    if kernel.family in ("conv", "pointwise", "depthwise"):
+        return kernel.in_channels % 4 == 0
+    return False
+
+
+def _made_blocked(step: _Step | None) -> bool:
+    """Whether a tensor comes out of a blocked convolution (looking no further back)."""
+    return step is not None and _blocked(step.kernel)
+
+
+def _layouts(steps: list[_Step], shapes: Mapping[str, tuple[int, ...]], block: int) -> list[Kernel]:
+    """Kernels with layouts and padded channels, reorders put in where a layout changes."""
+
+    def padded(channels: int) -> int:
+        return -(-channels // block) * block
+
+    kernels: list[Kernel] = []
+    layout: dict[str, str] = {}
+    reordered: set[tuple[str, str]] = set()
+
+    def want(name: str, wanted: str) -> None:
+        """Puts a reorder before a reader of another layout, once per tensor."""
+        have = layout.get(name, "nchw")
+        if have == wanted or (name, wanted) in reordered:
+            return
+        reordered.add((name, wanted))
+        batch, channels, height, width = spread(shapes.get(name, ()))
+        to_blocked = wanted == "nchwc"
+        kernels.append(
+            Kernel(
+                family="reorder",
+                op="ReorderInput" if to_blocked else "ReorderOutput",
+                layout_in=have,
+                layout_out=wanted,
+                batch=batch,
+                in_channels=channels if to_blocked else padded(channels),
+                in_height=height,
+                in_width=width,
+                out_channels=padded(channels) if to_blocked else channels,
+                out_height=height,
+                out_width=width,
+            )
+        )
+
+    for step in steps:
+        kernel = step.kernel
+        out = "nchw"
+        if kernel.family in _EITHER:
+            blocked = bool(step.inputs) and all(layout.get(name) == "nchwc" for name in step.inputs)
+            if kernel.family == "concat" and kernel.out_channels % block:
+                blocked = False  # the seams of the parts would not lie on blocks
+            out = "nchwc" if blocked else "nchw"
+        elif _blocked(kernel):
+            out = "nchwc"
+        reads_plain = kernel.family == "conv_first"
+        for position, name in enumerate(step.inputs):
+            want(name, "nchw" if reads_plain and position == 0 else out)
+        layout_in = "nchw" if reads_plain else out
+        changes: dict[str, Any] = {"layout_in": layout_in, "layout_out": out}
+        if out == "nchwc":
+            changes["out_channels"] = padded(kernel.out_channels)
+            if layout_in == "nchwc":
+                changes["in_channels"] = padded(kernel.in_channels)
+            if kernel.family == "depthwise":
+                changes["groups"] = padded(kernel.groups)
+        kernels.append(replace(kernel, **changes))
+        layout[step.output] = out
+    return kernels

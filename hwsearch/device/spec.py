@@ -1,0 +1,233 @@
+"""``Device``: a file of ``devices/*.toml`` as a frozen value, and ``Fingerprint``: what the machine turned out to be.
+
+A *home* is a folder that holds ``devices/`` and ``latency_tables/``. Homes are searched in this order: ``$HWSEARCH_HOME``,
+the current folder, the checkout that holds this package. A device's tables live in the home its file came from, so a
+table in git stays beside the device that it describes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from hwsearch.errors import InputError, SchemaError
+
+RUNTIMES = ("onnxruntime", "simulated")
+TRANSPORTS = ("local",)
+PRECISIONS = ("float32",)
+
+Option: TypeAlias = str | int | float
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What decides a latency, as the device itself reports it. A table or predictor belongs to one fingerprint."""
+
+    cpu: str
+    isa: str
+    runtime: str
+    runtime_version: str
+    threads: int
+    precision: str
+    system: str
+    governor: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            SchemaError: a field is missing, unknown or of another type; the message names it.
+        """
+        names = {f.name: int if f.name == "threads" else str for f in fields(cls)}
+        if not isinstance(data, Mapping):
+            raise SchemaError(f"fingerprint is {type(data).__name__}, not an object; profile the device again")
+        wrong = sorted(set(names) ^ set(data))
+        if wrong:
+            raise SchemaError(
+                f"fingerprint has missing or unknown fields {', '.join(map(str, wrong))}; profile the device again"
+            )
+        for name, kind in names.items():
+            if not isinstance(data[name], kind) or isinstance(data[name], bool):
+                raise SchemaError(
+                    f"fingerprint.{name} is {data[name]!r}, not {kind.__name__}; profile the device again"
+                )
+        return cls(**data)
+
+    def differences(self, other: Fingerprint) -> tuple[str, ...]:
+        """Fields that differ, each as ``"runtime_version: 1.31.1 against 1.30.0"`` (mine against the other's)."""
+        return tuple(
+            f"{f.name}: {getattr(self, f.name)} against {getattr(other, f.name)}"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One target: a runtime with its settings, reached over a transport.
+
+    Attributes:
+        name: the file's name without ``.toml``; also the name of the table's folder.
+        runtime: one of ``RUNTIMES``.
+        threads: threads that one inference may use.
+        precision: what the weights and activations are; one of ``PRECISIONS``.
+        transport: how the agent is reached; one of ``TRANSPORTS``.
+        options: settings of the runtime, by name; each runtime refuses names that it does not know.
+        home: folder that holds ``latency_tables/``; not part of the device's identity.
+
+    Example:
+        >>> Device(name="toy", runtime="simulated").threads
+        1
+    """
+
+    name: str
+    runtime: str
+    threads: int = 1
+    precision: str = "float32"
+    transport: str = "local"
+    options: Mapping[str, Option] = field(default_factory=dict, hash=False)
+    home: Path = field(default_factory=lambda: homes()[0], compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise InputError(f"device name {self.name!r} is not usable; use letters, digits, '.', '_' and '-'")
+        for label, value, known in (
+            ("runtime", self.runtime, RUNTIMES),
+            ("precision", self.precision, PRECISIONS),
+            ("transport", self.transport, TRANSPORTS),
+        ):
+            if value not in known:
+                raise InputError(f"device {self.name}: {label} {value!r} is not one of {', '.join(known)}")
+        if isinstance(self.threads, bool) or not isinstance(self.threads, int) or not 1 <= self.threads <= 256:
+            raise InputError(f"device {self.name}: threads is {self.threads!r}; use a whole number from 1 to 256")
+
+    @property
+    def table_folder(self) -> Path:
+        """``latency_tables/<name>`` of the device's home: its tables, its predictor and ``device.json``."""
+        return self.home / "latency_tables" / self.name
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no real machine is timed, so that no lock and no quiet is needed."""
+        return self.runtime == "simulated"
+
+    def option(self, name: str, default: float) -> float:
+        """A numeric option, or ``default`` where the file does not give it.
+
+        Raises:
+            InputError: the value is not a finite number.
+        """
+        value = self.options.get(name, default)
+        if isinstance(value, (bool, str)) or not math.isfinite(value):
+            raise InputError(f"device {self.name}: options.{name} is {value!r}; use a finite number")
+        return float(value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the agent needs to know, as plain values (the home stays on the host)."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "home"}
+        return data | {"options": dict(self.options)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Device:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**data)
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike[str]) -> Device:
+        """A device by the name of its file in a ``devices/`` folder, or by the path of a TOML file.
+
+        Raises:
+            InputError: no such device (the known ones are listed), an unreadable file, or a field with a wrong value
+                (the message gives the field's path).
+
+        Example:
+            >>> Device.load("x86-ort-1t").runtime
+            'onnxruntime'
+        """
+        text = os.fspath(name_or_path)
+        if text.endswith(".toml") or os.sep in text:
+            path = Path(text)
+            if not path.is_file():
+                raise InputError(f"device file {text} does not exist; `hwsearch device list` shows the known devices")
+            return _read(path)
+        for path in _device_files():
+            if path.stem == text:
+                return _read(path)
+        known = ", ".join(cls.names()) or "none: no devices/ folder was found"
+        raise InputError(f"unknown device {text!r}; known devices: {known}")
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        """Names of all devices found, sorted."""
+        return tuple(sorted({path.stem for path in _device_files()}))
+
+
+def homes() -> tuple[Path, ...]:
+    """Folders that may hold ``devices/``, first one first; the first is also where new tables go by default."""
+    found = [Path.cwd(), Path(__file__).resolve().parent.parent.parent]
+    if os.environ.get("HWSEARCH_HOME"):
+        found.insert(0, Path(os.environ["HWSEARCH_HOME"]).expanduser())
+    return tuple(dict.fromkeys(path.resolve() for path in found))
+
+
+def _device_files() -> list[Path]:
+    """Every ``devices/*.toml`` of every home, first home first; a name seen twice is the first one's."""
+    return [path for home in homes() for path in sorted((home / "devices").glob("*.toml"))]
+
+
+def _read(path: Path) -> Device:
+    """A checked device from a TOML file; every message starts with the file's path and the field's."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); check the file and its permissions") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: is not valid TOML: {error}") from None
+    try:
+        checked = _validate(data)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    folder = path.resolve().parent
+    home = folder.parent if folder.name == "devices" else folder
+    try:
+        return Device(name=path.stem, home=home, **checked)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _validate(data: dict[str, Any]) -> dict[str, Any]:
+    """The file's fields through pydantic, imported here: a device-side agent has none of it."""
+    from typing import Literal
+
+    from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, ValidationError
+
+    class DeviceFile(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+        runtime: Literal["onnxruntime", "simulated"]
+        threads: int = Field(default=1, ge=1, le=256)
+        precision: Literal["float32"] = "float32"
+        transport: Literal["local"] = "local"
+        options: dict[str, StrictInt | StrictFloat | StrictStr] = Field(default_factory=dict)
+
+    try:
+        return DeviceFile.model_validate(data).model_dump()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        # pydantic appends the tried member of a union to the path ("options.gmacs.int"); the file has no such field
+        where = ".".join(str(part) for part in first["loc"] if part not in ("int", "float", "str")) or "the file"
+        given = f" (found {first['input']!r})" if first["type"] != "missing" else ""
+        more = f"; {len(error.errors()) - 1} more fields are wrong" if where and len(error.errors()) > 3 else ""
+        raise ValueError(f"{where}: {first['msg']}{given}{more}") from None
