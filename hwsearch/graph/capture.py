@@ -52,9 +52,9 @@ class Layer:
 class Network:
     """What a model computes: its layers in execution order, shapes, and the exported program they came from.
 
-    ``macs`` counts every call (a shared layer counts once per call); ``parameters`` counts every trainable element once,
-    used or not. ``shapes`` maps each distinct parameter and buffer to its shape; ``aliases`` maps the other names of a
-    shared tensor to the first one.
+    ``macs`` counts every call (a shared layer counts once per call); ``parameters`` counts every trainable element
+    once, used or not. ``shapes`` maps each distinct parameter and buffer to its shape; ``aliases`` maps the other
+    names of a shared tensor to the first one.
     """
 
     layers: tuple[Layer, ...]
@@ -160,7 +160,7 @@ def op_name(node: fx.Node) -> str:
 
 def node_shape(node: object) -> tuple[int, ...] | None:
     """The shape of a node's tensor value, or None where it has none."""
-    value = getattr(node, "meta", {}).get("val")
+    value: Any = getattr(node, "meta", {}).get("val")
     return tuple(int(size) for size in value.shape) if hasattr(value, "shape") else None
 
 
@@ -256,7 +256,7 @@ def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an ATen node by their schema names, defaults filled in."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return dict(enumerate(node.args)) | dict(node.kwargs)  # type: ignore[arg-type]
+        return {str(index): value for index, value in enumerate(node.args)} | dict(node.kwargs)
     bound: dict[str, Any] = {}
     for index, argument in enumerate(schema.arguments):
         if index < len(node.args):

@@ -1,9 +1,10 @@
 """``extract``: which channels of a network must be kept or dropped together, exactly.
 
-Every index of every parameter axis gets an id; the rules of each operation pass ids along the exported graph and join those
-that the operation ties (a residual addition joins both sides, a concatenation lays them end to end, a depth-wise convolution
-joins input and output). What is left is grouped: classes of ids that hit the same parameter axes the same number of times
-are interchangeable units of one width. An operation without a rule freezes what it touches and is reported.
+Every index of every parameter axis gets an id; the rules of each operation pass ids along the exported graph and join
+those that the operation ties (a residual addition joins both sides, a concatenation lays them end to end, a
+depth-wise convolution joins input and output). What is left is grouped: classes of ids that hit the same parameter
+axes the same number of times are interchangeable units of one width. An operation without a rule freezes what it
+touches and is reported.
 
 Reference: element-id propagation, a generalisation of DepGraph (Fang et al., CVPR 2023), which tracks whole layers.
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AxisClasses:
-    """One parameter axis: the class of each of its positions, and whether the axis is read (input side) by its layer."""
+    """One parameter axis: the class of each position, and whether its layer reads the axis (its input side)."""
 
     parameter: str
     axis: int
@@ -55,7 +56,7 @@ class Frozen:
 
 @dataclass(frozen=True, eq=False)
 class Dependencies:
-    """What ``extract`` found: bundles of units that share a width, frozen axes with reasons, operations without a rule."""
+    """What ``extract`` found: units that share a width, frozen axes with reasons, operations without a rule."""
 
     units: tuple[Unit, ...]
     axes: tuple[AxisClasses, ...]
@@ -183,13 +184,13 @@ def _bundle(axes: tuple[AxisClasses, ...], classes: Classes, unused: set[str]) -
     for root, hits in places.items():
         bundles[tuple((index, len(positions)) for index, positions in hits)].append(root)
     units = []
-    for signature, roots in bundles.items():
-        roots.sort(key=lambda root: int(places[root][0][1][0]))
-        positions = tuple(
-            np.stack([places[root][slot][1] for root in roots]).astype(np.int64) for slot in range(len(signature))
+    for signature, members in bundles.items():
+        members.sort(key=lambda root: int(places[root][0][1][0]))
+        stacked = tuple(
+            np.stack([places[root][slot][1] for root in members]).astype(np.int64) for slot in range(len(signature))
         )
         names = tuple((axes[index].parameter, axes[index].axis) for index, _ in signature)
-        units.append(Unit(names, positions, not any(root in classes.mixed for root in roots)))
+        units.append(Unit(names, stacked, not any(root in classes.mixed for root in members)))
     return tuple(units)
 
 
@@ -200,6 +201,6 @@ def _frozen(axes: tuple[AxisClasses, ...], classes: Classes, unused: set[str]) -
             found.append(Frozen(axis.parameter, axis.axis, len(axis.classes), "the forward does not use it"))
             continue
         reasons = [classes.frozen.get(root) for root in axis.classes.tolist()]
-        for reason in dict.fromkeys(r for r in reasons if r is not None and r != KERNEL_EXTENT):
-            found.append(Frozen(axis.parameter, axis.axis, reasons.count(reason), reason))
+        distinct = dict.fromkeys(r for r in reasons if r is not None and r != KERNEL_EXTENT)
+        found += [Frozen(axis.parameter, axis.axis, reasons.count(reason), reason) for reason in distinct]
     return tuple(found)

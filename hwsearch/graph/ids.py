@@ -1,8 +1,8 @@
 """Element ids: every index of every parameter axis is one id; ids that must live and die together are joined.
 
-Design: rules only *record* facts (join these, freeze these, these lie on a rectangle); ``Ids.solve`` turns the facts into
-classes at the end, so the order in which facts arrive cannot matter. Joining is one call of SciPy's connected components,
-near-linear in the number of ids plus facts.
+Design: rules only *record* facts (join these, freeze these, these lie on a rectangle); ``Ids.solve`` turns the facts
+into classes at the end, so the order in which facts arrive cannot matter. Joining is one call of SciPy's connected
+components, near-linear in the number of ids plus facts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ IntArray = NDArray[np.int64]
 class Value:
     """What is known about one tensor: its shape, and which ids lie along its axes.
 
-    Each factor is an id array that broadcasts to ``shape``: its axis has the tensor's size where ids run along it, and size
-    1 where they do not. One plain channel axis is a factor of shape ``(1, C, 1, 1)``; an axis split into heads is a factor
-    with two long axes. No axis belongs to two factors. Axes without a factor are fixed (batch, space, constants).
+    Each factor is an id array that broadcasts to ``shape``: its axis has the tensor's size where ids run along it,
+    and size 1 where they do not. One plain channel axis is a factor of shape ``(1, C, 1, 1)``; an axis split into
+    heads is a factor with two long axes. No axis belongs to two factors. Axes without a factor are fixed (batch,
+    space, constants).
     """
 
     shape: tuple[int, ...]

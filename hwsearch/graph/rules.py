@@ -60,8 +60,8 @@ def argument_values(node: Any, environment: dict[Any, Any]) -> dict[str, Any]:
 def axis_ids(value: Value, axis: int, ids: Ids) -> IntArray | None:
     """The ids along one axis as a flat array, or None when the axis is fixed.
 
-    An operation that reads one axis cannot see that it is a part of a product: whatever runs along the other axes of the
-    same factor is joined.
+    An operation that reads one axis cannot see that it is a part of a product: whatever runs along the other axes of
+    the same factor is joined.
     """
     factor = value.on(axis)
     if factor is None:
@@ -331,8 +331,8 @@ def _spatial(node: Any, environment: dict[Any, Any], context: Context) -> Any:
     return Value(node_shape(node) or (), kept)
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "max", "min", "any", "all",
-      "argmax", "argmin")  # fmt: skip
+@rule("mean", "sum", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "max", "min",
+    "any", "all", "argmax", "argmin")  # fmt: skip
 def _reduce(node: Any, environment: dict[Any, Any], context: Context) -> Any:
     arguments = argument_values(node, environment)
     values = [value for value in arguments.values() if isinstance(value, Value)]

@@ -21,12 +21,12 @@ def _cat(node: Any, environment: dict[Any, Any], context: Context) -> Value:
 
 def concatenate(values: list[Value], dim: int, shape: tuple[int, ...], ids: Ids, where: str) -> Value:
     """Ids lie end to end along ``dim``; along the other axes the parts are joined element by element."""
-    rest = shape[:dim] + (1,) + shape[dim + 1 :]
+    rest = (*shape[:dim], 1, *shape[dim + 1:])
     # Joining the other axes sees each part as if its `dim` were already reduced away.
     flattened = []
     for value in values:
         others = tuple(factor for factor in value.factors if factor.shape[dim] == 1)
-        flattened.append(Value(value.shape[:dim] + (1,) + value.shape[dim + 1 :], others))
+        flattened.append(Value((*value.shape[:dim], 1, *value.shape[dim + 1:]), others))
     joined = join_values(flattened, rest, ids, f"concatenated with a fixed tensor at {where}")
     parts = [axis_ids(value, dim, ids) for value in values]
     if all(part is None for part in parts):
@@ -45,7 +45,7 @@ def _stack(node: Any, environment: dict[Any, Any], context: Context) -> Value:
     arguments, shape = argument_values(node, environment), node_shape(node) or ()
     dim = arguments.get("dim", 0) % len(shape)
     values = [_insert_axis(value, dim) for value in arguments["tensors"] if isinstance(value, Value)]
-    rest = shape[:dim] + (1,) + shape[dim + 1 :]
+    rest = (*shape[:dim], 1, *shape[dim + 1:])
     joined = join_values(values, rest, context.ids, f"stacked with a fixed tensor at {source_line(node)}")
     return Value(shape, joined.factors)
 
@@ -79,8 +79,8 @@ def _sizes(node: Any, dim: int) -> list[int]:
 def _tie_parts(x: Value, dim: int, sizes: list[int], ids: Ids, reason: str) -> None:
     """Parts of a split along a plain channel axis stay equal: the k-th channel of every part goes together.
 
-    The sizes are Python numbers of the user's code. Equal parts are kept equal, which is what ``chunk`` does with a smaller
-    tensor; unequal parts would need the code itself to change, so they are frozen.
+    The sizes are Python numbers of the user's code. Equal parts are kept equal, which is what ``chunk`` does with a
+    smaller tensor; unequal parts would need the code itself to change, so they are frozen.
     """
     factor = x.on(dim)
     if factor is None or len(sizes) < 2 or len(tracked_axes(factor)) > 1:
@@ -97,7 +97,7 @@ def _tie_parts(x: Value, dim: int, sizes: list[int], ids: Ids, reason: str) -> N
 def _cut(x: Value, dim: int, where: slice) -> Value:
     """A slice of a value along one axis."""
     size = len(range(*where.indices(x.shape[dim])))
-    shape = x.shape[:dim] + (size,) + x.shape[dim + 1 :]
+    shape = (*x.shape[:dim], size, *x.shape[dim + 1:])
     index = tuple(where if axis == dim else slice(None) for axis in range(len(x.shape)))
     return Value(shape, tuple(factor[index] if factor.shape[dim] > 1 else factor for factor in x.factors))
 
@@ -165,7 +165,6 @@ def _permute(node: Any, environment: dict[Any, Any], context: Context) -> Value:
     if name == "permute":
         order = [axis % rank for axis in arguments["dims"]]
     elif name == "movedim":
-        order = list(np.moveaxis(np.arange(rank).reshape([1] * 0 + [rank]), 0, 0))
         source = [arguments["source"]] if isinstance(arguments["source"], int) else arguments["source"]
         target = [arguments["destination"]] if isinstance(arguments["destination"], int) else arguments["destination"]
         order = [axis for axis in range(rank) if axis not in {s % rank for s in source}]
@@ -173,11 +172,9 @@ def _permute(node: Any, environment: dict[Any, Any], context: Context) -> Value:
             order.insert(to, origin)
     else:
         order = list(range(rank))
-        first, second = {
-            "transpose": ("dim0", "dim1"), "swapaxes": ("axis0", "axis1"), "swapdims": ("dim0", "dim1"),
-        }.get(name, (None, None))  # fmt: skip
-        a, b = (rank - 2, rank - 1) if first is None else (arguments[first] % rank, arguments[second] % rank)
+        pair = [v for k, v in arguments.items() if k in ("dim0", "dim1", "axis0", "axis1")] or [-2, -1]
         if rank > 1:
+            a, b = (axis % rank for axis in pair)
             order[a], order[b] = order[b], order[a]
     return Value(shape, tuple(np.transpose(factor, order) for factor in x.factors))
 
@@ -192,9 +189,9 @@ def _reshape(node: Any, environment: dict[Any, Any], context: Context) -> Value:
 def reshape(x: Value, shape: tuple[int, ...], ids: Ids, where: str) -> Value:
     """Carry ids through a change of shape.
 
-    Both shapes are cut into the smallest runs of axes with equal products. Within a run, ids are spread over all elements
-    and laid out anew, so flattening ``(C, H, W)`` repeats each channel's id ``H*W`` times, and the reverse finds it again.
-    An axis that ends up split is noted as a rectangle.
+    Both shapes are cut into the smallest runs of axes with equal products. Within a run, ids are spread over all
+    elements and laid out anew, so flattening ``(C, H, W)`` repeats each channel's id ``H*W`` times, and the reverse
+    finds it again. An axis that ends up split is noted as a rectangle.
     """
     runs = _matching_runs(x.shape, shape)
     factors = []
@@ -308,7 +305,7 @@ def _channel_shuffle(node: Any, environment: dict[Any, Any], context: Context) -
 
 
 def _insert_axis(x: Value, dim: int) -> Value:
-    return Value(x.shape[:dim] + (1,) + x.shape[dim:], tuple(np.expand_dims(factor, dim) for factor in x.factors))
+    return Value((*x.shape[:dim], 1, *x.shape[dim:]), tuple(np.expand_dims(factor, dim) for factor in x.factors))
 
 
 # getitem is a Python builtin, not an ATen operation: it has no in-place form.

@@ -1,8 +1,8 @@
 """``shrink``: a width choice turned into a smaller plain module, weights carried over.
 
-Contract: the function is preserved exactly where the dropped units are dead (nothing reads them, or they are read with zero
-weights), for every neutral group. ``shrink`` checks shapes by running the result; ``freeze_failing`` checks the promise
-itself, with random weights, once per space.
+Contract: the function is preserved exactly where the dropped units are dead (nothing reads them, or they are read
+with zero weights), for every neutral group. ``shrink`` checks shapes by running the result; ``freeze_failing`` checks
+the promise itself, with random weights, once per space.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def shrink(
     """A smaller copy of ``model`` at ``choice``; ``model`` itself is not touched.
 
     Args:
-        model: the model that ``space`` was made from, or its folded form (a bias that folding added follows its weight).
+        model: the model that ``space`` was made from, or its folded form (a bias that folding added follows its
+            weight).
         space: its width space.
         choice: units to keep per group.
         keep: unit indices per group name, as many as the choice says; a group that is not named keeps its first units.
@@ -90,8 +91,8 @@ def axis_positions(
 ) -> dict[tuple[str, int], IntArray]:
     """The positions to keep on every parameter axis that some group cuts, ascending.
 
-    ``shapes`` names the tensors that exist. ``X.bias`` without a place of its own follows axis 0 of ``X.weight``: folding a
-    batch normalisation into a convolution adds such a bias.
+    ``shapes`` names the tensors that exist. ``X.bias`` without a place of its own follows axis 0 of ``X.weight``:
+    folding a batch normalisation into a convolution adds such a bias.
     """
     masks: dict[tuple[str, int], np.ndarray] = {}
     for group, units in zip(space.groups, kept, strict=True):
@@ -193,7 +194,7 @@ def _check_shape(small: nn.Module, space: WidthSpace, choice: WidthChoice) -> No
     if found != space.network.output_shape:
         raise UnsupportedModelError(
             f"{type(small).__name__} at widths {list(choice.widths)} returns shape {found} instead of "
-            f"{space.network.output_shape}; a size is written in its Python code, read it from the tensor's shape instead"
+            f"{space.network.output_shape}; a size is written in its Python code, read it from the tensor instead"
         )
 
 
@@ -218,8 +219,8 @@ def _first_tensor(output: Any) -> Tensor:
 def freeze_failing(model: nn.Module, space: WidthSpace) -> WidthSpace:
     """Drop the groups whose shrinking breaks the network or changes its function, with the reason.
 
-    A copy with random weights is shrunk to about half everywhere and compared with the full copy whose dropped units are read
-    with zero weights. Only when that fails is every group tried alone.
+    A copy with random weights is shrunk to about half everywhere and compared with the full copy whose dropped units
+    are read with zero weights. Only when that fails is every group tried alone.
     """
     import torch
 
@@ -266,10 +267,10 @@ def _failure(probe: nn.Module, space: WidthSpace, indices: list[int], example: T
     with torch.no_grad():
         wanted, got = _first_tensor(dead(example)), _first_tensor(small(example))
     scale = float(wanted.abs().max()) or 1.0
-    error = float((wanted - got).abs().max()) / scale
-    if error <= _TOLERANCE:
+    change = float((wanted - got).abs().max()) / scale
+    if change <= _TOLERANCE:
         return None
-    return f"dropping dead units changes the output by {error:.0%}: a size is written in the model's Python code"
+    return f"dropping dead units changes the output by {change:.0%}: a size is written in the model's Python code"
 
 
 def kill_units(model: nn.Module, space: WidthSpace, dropped: Mapping[str, np.ndarray]) -> nn.Module:

@@ -1,8 +1,9 @@
 """``WidthSpace``: the widths that a network can take, one variable per group of channels that must agree.
 
-A *unit* is the smallest thing that can be dropped: one channel, or every channel that the graph ties to it (the same channel
-on both sides of a residual addition, the ``H*W`` features that a flattened channel becomes). A *group* is a set of
-interchangeable units; its width is how many of them are kept. MACs and parameters are closed forms of the widths.
+A *unit* is the smallest thing that can be dropped: one channel, or every channel that the graph ties to it (the same
+channel on both sides of a residual addition, the ``H*W`` features that a flattened channel becomes). A *group* is a
+set of interchangeable units; its width is how many of them are kept. MACs and parameters are closed forms of the
+widths.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hwsearch.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from hwsearch.graph.capture import Network
+    from hwsearch.graph.capture import Layer, Network
     from hwsearch.graph.dependencies import Unit
 
 IntArray = NDArray[np.int64]
@@ -31,8 +32,8 @@ IntArray = NDArray[np.int64]
 class Slot:
     """Where a group lives on one parameter axis: ``positions`` has shape ``(units, elements_per_unit)``.
 
-    ``reads`` is true on the input side of a layer (axis 1 of the convolution that consumes the group) and false where the
-    group is produced or passed through (axis 0 of its convolution, batch normalisation, depth-wise layers).
+    ``reads`` is true on the input side of a layer (axis 1 of the convolution that consumes the group) and false where
+    the group is produced or passed through (axis 0 of its convolution, batch normalisation, depth-wise layers).
     """
 
     parameter: str
@@ -50,9 +51,10 @@ class Slot:
 class WidthGroup:
     """One width variable.
 
-    ``widths`` are the allowed numbers of kept units, ascending; the last one is ``units``, the full width. ``quantum`` is in
-    units. ``layers`` are the layers that the group touches, in execution order. ``neutral`` is false when an operation mixes
-    over the channels (layer normalisation, mean over channels), so that dropping even a dead unit changes the function.
+    ``widths`` are the allowed numbers of kept units, ascending; the last one is ``units``, the full width.
+    ``quantum`` is in units. ``layers`` are the layers that the group touches, in execution order. ``neutral`` is
+    false when an operation mixes over the channels (layer normalisation, mean over channels), so that dropping even a
+    dead unit changes the function.
     """
 
     name: str
@@ -116,12 +118,12 @@ class WidthSpace:
         """Capture ``model``, extract its dependencies and build the space.
 
         Args:
-            quantum: allowed widths are multiples of this many channels (and always the full width). A group whose units are
-                several channels each (grouped convolutions) needs fewer units for it.
+            quantum: allowed widths are multiples of this many channels (and always the full width). A group whose
+                units are several channels each (grouped convolutions) needs fewer units for it.
             minimum: smallest width: units when an int, a share of the full width when a float in (0, 1]; None means one
                 quantum.
-            verify: shrink a copy with random weights and compare it with the full network whose dropped units are dead; a
-                group that fails (its size is written in the model's Python code) is frozen with that reason.
+            verify: shrink a copy with random weights and compare it with the full network whose dropped units are
+                dead; a group that fails (its size is written in the model's Python code) is frozen with that reason.
 
         Raises:
             InputError: a bad quantum or minimum, or a model in which no width can change.
@@ -172,7 +174,7 @@ class WidthSpace:
         if not 0.0 < ratio <= 1.0:
             raise InputError(f"a width ratio must be in (0, 1], got {ratio!r}")
         picked = (
-            min(group.widths, key=lambda width: (abs(width - ratio * group.units), -width))  # noqa: B023
+            min(group.widths, key=lambda width: (abs(width - ratio * group.units), -width))
             for group in self.groups
         )
         return WidthChoice(tuple(picked))
@@ -203,7 +205,7 @@ class WidthSpace:
             raise InputError(f"a choice for this network needs {len(self.groups)} widths, got {len(choice.widths)}")
         for group, width in zip(self.groups, choice.widths, strict=True):
             if width not in self._allowed[group.name]:
-                near = sorted(sorted(group.widths, key=lambda w: abs(w - width))[:4])  # noqa: B023
+                near = sorted(sorted(group.widths, key=lambda w: abs(w - width))[:4])
                 raise InputError(f"group {group.name} cannot be {width} wide; the nearest allowed widths are {near}")
 
     def restrict(self, widths: Mapping[str, Sequence[int]]) -> WidthSpace:
@@ -320,18 +322,18 @@ def _group(
         for (name, axis), positions in zip(unit.slots, unit.positions, strict=True)
     )
     units = int(slots[0].positions.shape[0])
-    # The quantum is in channels: a unit of several channels (one per group of a grouped convolution) counts for several.
+    # The quantum is in channels: a unit of several channels (a grouped convolution's) counts for several.
     per_unit = min((slot.elements_per_unit for slot in slots if not slot.reads), default=1)
     step = max(1, quantum // math.gcd(quantum, per_unit))
     lowest = step if minimum is None else math.ceil(minimum * units) if isinstance(minimum, float) else minimum
     lowest = min(max(1, -(-lowest // step) * step), units)
     widths = tuple(sorted({*range(lowest, units + 1, step), units}))
     touched = {slot.parameter for slot in slots}
-    layers = dict.fromkeys(layer.name for layer in network.layers if _touches(network, layer.name, layer.weight, touched))
+    layers = dict.fromkeys(layer.name for layer in network.layers if _touches(layer, touched))
     first = next((slot.parameter for slot in slots if not slot.reads), slots[0].parameter)
     name = first.rpartition(".")[0] or first
     return WidthGroup(name, units, step, lowest, slots, tuple(layers), widths, unit.neutral)
 
 
-def _touches(network: Network, layer: str, weight: str | None, parameters: set[str]) -> bool:
-    return (weight in parameters) or any(name.rpartition(".")[0] == layer for name in parameters if "." in name)
+def _touches(layer: Layer, parameters: set[str]) -> bool:
+    return layer.weight in parameters or any(name.rpartition(".")[0] == layer.name for name in parameters)

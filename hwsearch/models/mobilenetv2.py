@@ -35,7 +35,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, out_channels, H/stride, W/stride)``."""
-        return x + self.body(x) if self.use_shortcut else self.body(x)
+        y: Tensor = self.body(x)
+        return x + y if self.use_shortcut else y
 
 
 class MobileNetV2(nn.Module):
@@ -74,13 +75,14 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(N, C, H, W)`` to logits ``(N, classes)``."""
-        return self.classifier(self.dropout(self.head(self.blocks(self.stem(x))).mean((2, 3))))
+        logits: Tensor = self.classifier(self.dropout(self.head(self.blocks(self.stem(x))).mean((2, 3))))
+        return logits
 
 
 def mobilenetv2_small(
     in_channels: int = 1, classes: int = 10, width: float = 1.0, widths: Sequence[int] | None = None
 ) -> MobileNetV2:
-    """Seven inverted residuals for small images (about 10 MMACs at 1x28x28).
+    """Seven inverted residuals for small images (6.6 MMACs at 1x28x28).
 
     Args:
         width: multiplier on the default widths 16, 16, 24, 32, 64, 128 (stem, four stages, head), rounded to 8.
@@ -97,5 +99,8 @@ def mobilenetv2(in_channels: int = 3, classes: int = 1000, width: float = 1.0) -
     """MobileNetV2 for 3x224x224 (301 MMACs, 3.5 M parameters at width 1)."""
     w = scaled((32, 16, 24, 32, 64, 96, 160, 320, 1280), width, None, divisor=8)
     repeats = ((1, 1, 1), (6, 2, 2), (6, 3, 2), (6, 4, 2), (6, 3, 1), (6, 3, 2), (6, 1, 1))
-    settings = [(expansion, channels, count, stride) for (expansion, count, stride), channels in zip(repeats, w[1:8], strict=True)]
+    settings = [
+        (expansion, channels, count, stride)
+        for (expansion, count, stride), channels in zip(repeats, w[1:8], strict=True)
+    ]
     return MobileNetV2(settings, in_channels=in_channels, classes=classes, stem=w[0], head=max(w[8], 1280))

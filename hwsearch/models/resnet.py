@@ -28,7 +28,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, channels, H/stride, W/stride)``."""
         y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        out: Tensor = self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return out
 
 
 class ResNet(nn.Module):
@@ -71,7 +72,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(N, C, H, W)`` to logits ``(N, classes)``."""
-        return self.classifier(self.stages(self.stem(x)).mean((2, 3)))
+        logits: Tensor = self.classifier(self.stages(self.stem(x)).mean((2, 3)))
+        return logits
 
 
 def resnet_small(

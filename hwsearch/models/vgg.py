@@ -55,7 +55,8 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(N, C, H, W)`` to logits ``(N, classes)``."""
-        return self.classifier(self.pool(self.features(x)).flatten(1))
+        logits: Tensor = self.classifier(self.pool(self.features(x)).flatten(1))
+        return logits
 
 
 def vgg_small(
@@ -80,7 +81,7 @@ def vgg11(in_channels: int = 3, classes: int = 1000, width: float = 1.0) -> VGG:
 
 
 def scaled(defaults: Sequence[int], width: float, widths: Sequence[int] | None, divisor: int = 1) -> tuple[int, ...]:
-    """Channel counts: ``widths`` as given, or the defaults times ``width`` rounded to ``divisor``, at least one divisor.
+    """Channel counts: ``widths`` as given, or the defaults times ``width``, rounded to ``divisor`` and at least that.
 
     Raises:
         InputError: a width that is not positive, the wrong number of them, or both arguments at once.
