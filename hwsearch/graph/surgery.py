@@ -56,7 +56,7 @@ def shrink(
         small = copy.deepcopy(model)
     except Exception as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
-    cut = axis_positions(space, kept, {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()})
+    cut = axis_positions(space, kept, {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
     _cut_tensors(small, space, cut)
     for module in small.modules():
         _fix_attributes(module)
@@ -116,7 +116,7 @@ def axis_positions(
     return {key: np.flatnonzero(mask) for key, mask in masks.items()}
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
@@ -190,7 +190,7 @@ def _check_shape(small: nn.Module, space: WidthSpace, choice: WidthChoice) -> No
                 f"{type(small).__name__} cannot run at widths {list(choice.widths)}: {first_line(error)}; "
                 "a size is written in its Python code, read it from the tensor's shape instead"
             ) from error
-    found = tuple(_first_tensor(output).shape)
+    found = tuple(first_tensor(output).shape)
     if found != space.network.output_shape:
         raise UnsupportedModelError(
             f"{type(small).__name__} at widths {list(choice.widths)} returns shape {found} instead of "
@@ -202,18 +202,18 @@ def _example(model: nn.Module, space: WidthSpace, make: Any) -> Tensor:
     """An input of the captured shape on the model's device and in its dtype."""
     import torch
 
-    first = next((tensor for tensor in _tensors(model).values() if tensor.is_floating_point()), None)
+    first = next((tensor for tensor in named_tensors(model).values() if tensor.is_floating_point()), None)
     example: Tensor = make(space.network.input_shape)
     return example if first is None else example.to(first.device, first.dtype if first.dtype != torch.int8 else None)
 
 
-def _first_tensor(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     import torch
 
     if isinstance(output, torch.Tensor):
         return output
     items = list(output.values()) if isinstance(output, dict) else list(output)
-    return _first_tensor(items[0])
+    return first_tensor(items[0])
 
 
 def freeze_failing(model: nn.Module, space: WidthSpace) -> WidthSpace:
@@ -230,7 +230,7 @@ def freeze_failing(model: nn.Module, space: WidthSpace) -> WidthSpace:
             probe = copy.deepcopy(model)
         except Exception as error:
             raise UnsupportedModelError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
-        _randomise(probe)
+        randomise(probe)
         example = _example(probe, space, torch.randn)
         if _failure(probe, space, list(range(len(space.groups))), example) is None:
             return space
@@ -265,7 +265,7 @@ def _failure(probe: nn.Module, space: WidthSpace, indices: list[int], example: T
         return None  # shapes are all that can be promised: the function changes by design
     dead = kill_units(probe, space, {name: np.setdiff1d(np.arange(g.units), keep[name]) for name, g in _named(space)})
     with torch.no_grad():
-        wanted, got = _first_tensor(dead(example)), _first_tensor(small(example))
+        wanted, got = first_tensor(dead(example)), first_tensor(small(example))
     scale = float(wanted.abs().max()) or 1.0
     change = float((wanted - got).abs().max()) / scale
     if change <= _TOLERANCE:
@@ -278,7 +278,7 @@ def kill_units(model: nn.Module, space: WidthSpace, dropped: Mapping[str, np.nda
     import torch
 
     dead = copy.deepcopy(model)
-    tensors = _tensors(dead)
+    tensors = named_tensors(dead)
     with torch.no_grad():
         for group in space.groups:
             units = np.asarray(dropped.get(group.name, ()), dtype=np.int64)
@@ -293,12 +293,12 @@ def _named(space: WidthSpace) -> list[tuple[str, Any]]:
     return [(group.name, group) for group in space.groups]
 
 
-def _randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> None:
     """Random weights and non-trivial statistics, scaled so that no layer dies or explodes."""
     import torch
 
     with torch.no_grad():
-        for name, tensor in _tensors(model).items():
+        for name, tensor in named_tensors(model).items():
             if not tensor.is_floating_point():
                 continue
             if tensor.dim() > 1:
