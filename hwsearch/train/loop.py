@@ -167,6 +167,8 @@ def run_steps(
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimiser = _optimiser(model, config)
         state = _State(model, optimiser, folder, whole)
+        if state.step == 0:
+            state.save()  # where a run starts from belongs to it: a new process may draw other first weights
         written = time.monotonic()
         model.train()
 

@@ -1,0 +1,68 @@
+"""From a width choice to a trained network: what a search ends with, and what its baselines get as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from hwsearch.graph.surgery import shrink
+from hwsearch.train.loop import Progress, TrainConfig, evaluate, train
+from hwsearch.train.seeds import torch_seed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hwsearch.graph.widths import WidthChoice, WidthSpace
+    from hwsearch.train.task import Evaluation, Task
+
+
+def train_choice(
+    model: nn.Module,
+    space: WidthSpace,
+    choice: WidthChoice,
+    task: Task,
+    config: TrainConfig | None = None,
+    *,
+    scratch: bool = True,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Evaluation]:
+    """Shrink ``model`` to ``choice`` and train it on ``task.train``.
+
+    Args:
+        scratch: forget the model's weights first (the paper's way); False fine-tunes those that are carried over.
+        folder: of the checkpoint; the same call again goes on from it.
+
+    Returns:
+        The trained network in evaluation mode, and its evaluation on ``task.valid``.
+    """
+    small = shrink(model, space, choice)
+    config = config or TrainConfig()
+    if scratch:
+        reset(small, config.seed)
+    return finish(small, task, config, folder=folder, progress=progress)
+
+
+def finish(
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Evaluation]:
+    """Train ``model`` in place, and evaluate it on ``task.valid``."""
+    train(model, task, config, folder=folder, progress=progress)
+    return model, evaluate(model, task, task.valid, config)
+
+
+def reset(model: nn.Module, seed: int) -> None:
+    """Draw new weights in place for every module that knows how (``reset_parameters``), by the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(seed, "weights"))
+        for module in model.modules():
+            renew = getattr(module, "reset_parameters", None)
+            if callable(renew):
+                renew()
