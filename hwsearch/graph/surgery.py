@@ -57,9 +57,7 @@ def shrink(
     except Exception as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
     cut = axis_positions(space, kept, {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
-    _cut_tensors(small, space, cut)
-    for module in small.modules():
-        _fix_attributes(module)
+    _cut_tensors(small, cut)
     if check:
         _check_shape(small, space, choice)
     return small
@@ -116,34 +114,47 @@ def axis_positions(
     return {key: np.flatnonzero(mask) for key, mask in masks.items()}
 
 
+def _cut_tensors(model: nn.Module, cut: Mapping[tuple[str, int], IntArray]) -> None:
+    import torch
+
+    tensors = named_tensors(model)
+    new: dict[str, Tensor] = {}
+    for (name, axis), positions in cut.items():
+        data = new.get(name, tensors[name].detach())
+        new[name] = data.index_select(axis, torch.from_numpy(positions).to(data.device))
+    put_tensors(model, new)
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; a tensor with several names under the first of them."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _cut_tensors(model: nn.Module, space: WidthSpace, cut: Mapping[tuple[str, int], IntArray]) -> None:
+def tensor_owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Every place ``(module, attribute)`` at which a tensor of ``named_tensors`` hangs: tied tensors have several."""
+    first: dict[int, str] = {}
+    owners: dict[str, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules():  # a module under two names is visited once
+        for local, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                name = first.setdefault(id(tensor), f"{path}.{local}" if path else local)
+                owners.setdefault(name, []).append((module, local))
+    return owners
+
+
+def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Replace tensors of ``model`` by name, of any shape, and bring the sizes that its modules remember in line."""
     import torch
 
-    aliases = dict(space.network.aliases)
-    owners: dict[str, list[tuple[nn.Module, str]]] = {}
-    for path, module in model.named_modules():  # a module under two names is visited once, its tensor set once
-        for name in [*module._parameters, *module._buffers]:
-            full = f"{path}.{name}" if path else name
-            owners.setdefault(aliases.get(full, full), []).append((module, name))
-    by_tensor: dict[str, dict[int, IntArray]] = {}
-    for (name, axis), positions in cut.items():
-        by_tensor.setdefault(name, {})[axis] = positions
-    for name, axes in by_tensor.items():
-        if name not in owners:
-            continue
+    owners = tensor_owners(model)
+    for name, data in tensors.items():
         module, local = owners[name][0]
-        tensor = getattr(module, local)
-        data = tensor.detach()
-        for axis, positions in axes.items():
-            data = data.index_select(axis, torch.from_numpy(positions).to(data.device))
-        data = data.clone()
-        new = torch.nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else data
+        old = getattr(module, local)
+        new = torch.nn.Parameter(data, old.requires_grad) if isinstance(old, torch.nn.Parameter) else data
         for module, local in owners[name]:  # tied tensors stay tied
             setattr(module, local, new)
+    for module in model.modules():
+        _fix_attributes(module)
 
 
 def _fix_attributes(module: nn.Module) -> None:

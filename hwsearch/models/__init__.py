@@ -1,0 +1,34 @@
+"""Reference networks in plain PyTorch, a file each, and the loader of user-named models.
+
+Every factory is named ``hwsearch.models.<file>:<factory>``, and can be imported from here as well (``mobilenetv2``
+alone, named like its file, is ``hwsearch.models.mobilenetv2.mobilenetv2``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hwsearch.models.loading import load_factory
+    from hwsearch.models.mobilenetv2 import mobilenetv2_small
+    from hwsearch.models.resnet import resnet18, resnet_small
+    from hwsearch.models.vgg import vgg11, vgg_small
+
+__all__ = ["load_factory", "mobilenetv2_small", "resnet18", "resnet_small", "vgg11", "vgg_small"]
+
+_FILES = {
+    "load_factory": "loading",
+    "mobilenetv2_small": "mobilenetv2",
+    "resnet18": "resnet",
+    "resnet_small": "resnet",
+    "vgg11": "vgg",
+    "vgg_small": "vgg",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use: importing the package must not load torch.
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)

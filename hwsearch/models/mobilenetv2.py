@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from hwsearch.models.vgg import scaled
 
+#: The factories that a saved model folder may name.
+FACTORIES = ("mobilenetv2", "mobilenetv2_small")
+
 
 def conv_bn(
     in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, *, act: bool = True

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from hwsearch.models.vgg import scaled
 
+#: The factories that a saved model folder may name.
+FACTORIES = ("resnet18", "resnet_small")
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut; a 1x1 convolution on the shortcut where the shape changes."""

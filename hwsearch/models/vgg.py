@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from hwsearch.errors import InputError
 
+#: The factories that a saved model folder may name.
+FACTORIES = ("vgg11", "vgg_small")
+
 
 class VGG(nn.Module):
     """Stages of 3x3 convolutions, each stage ended by 2x2 max pooling, then one linear layer (or three).
