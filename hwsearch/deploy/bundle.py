@@ -1,0 +1,154 @@
+"""``deploy``: a network as a bundle, the folder that proves on the device that it keeps its budget.
+
+The format and its reading half are in ``reader.py``, which needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hwsearch.deploy.arrays import npy_bytes
+from hwsearch.deploy.folder import write_folder
+from hwsearch.deploy.reader import MANIFEST, MAX_CASES, SCHEMA, VERSION, Bundle, Golden, is_bundle, read_bundle
+from hwsearch.errors import CheckFailedError, InputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from hwsearch.device.spec import Device
+
+__all__ = ["Bundle", "deploy", "read_bundle"]
+
+
+def deploy(
+    model: nn.Module,
+    example_input: torch.Tensor,
+    device: Device,
+    folder: str | os.PathLike[str],
+    *,
+    budget_ms: float | None = None,
+    predicted_ms: float | None = None,
+    measured_ms: float | None = None,
+    name: str | None = None,
+    cases: int = 3,
+    seed: int = 0,
+    relative_tolerance: float = 1e-4,
+) -> Bundle:
+    """Write a network as a bundle: folded, exported to ONNX, with golden cases, hashes and its promise in milliseconds.
+
+    Golden outputs are those of the model as given, before folding and export, so that ``verify`` judges both.
+
+    Args:
+        model: in eval mode; folded or not (batch norm behind a convolution is folded into it here). Not changed.
+        example_input: (N, ...) static shape of the deployed network; also the first golden input.
+        device: what the budget is meant for.
+        folder: a new folder, an empty one, or an older bundle, which is replaced in one step.
+        budget_ms, predicted_ms, measured_ms: what is known; above 0, milliseconds.
+        cases: golden cases, 1 to 64; those after the first are random, of the example's mean and spread.
+        relative_tolerance: how far a runtime may be off, relative to the largest golden output.
+    Raises:
+        InputError: a value out of range, training mode, a folder that holds something else or cannot be written.
+        UnsupportedModelError: the model cannot be traced or exported; the message names the operation.
+
+    Example:
+        >>> bundle = deploy(model, torch.zeros(1, 1, 28, 28), device, "bundle", budget_ms=1.5)   # doctest: +SKIP
+    """
+    from hwsearch.graph.onnx_build import export_onnx
+    from hwsearch.reparam.fold import fold
+
+    given = {"budget_ms": budget_ms, "predicted_ms": predicted_ms, "measured_ms": measured_ms}
+    for key, value in given.items():
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise InputError(f"{key} is {value!r}: give milliseconds above 0, or leave it out")
+    if not 1 <= cases <= MAX_CASES:
+        raise InputError(f"cases is {cases!r}: give 1 to {MAX_CASES}")
+    if not 0 < relative_tolerance <= 0.1:
+        raise InputError(f"relative_tolerance is {relative_tolerance!r}: give a number above 0, at most 0.1")
+    target = Path(folder)
+    _refuse_foreign(target)
+    folded = fold(model, example_input, require=False)
+    golden = _golden(model, example_input, cases, seed)
+    files = {"model.onnx": export_onnx(folded, example_input)}
+    for number, case in enumerate(golden):
+        files |= {f"input_{number}.npy": npy_bytes(case.input), f"output_{number}.npy": npy_bytes(case.output)}
+    manifest = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "name": name or type(model).__name__,
+        "device": device.name,
+        "precision": device.precision,
+        "input_name": "input",
+        "output_name": "output",
+        "input_shape": list(golden[0].input.shape),
+        "output_shape": list(golden[0].output.shape),
+        "tolerance": {"relative": relative_tolerance, "absolute": 1e-5},
+        "parameters": sum(p.numel() for p in folded.parameters()),
+        "macs": _macs(folded, example_input),
+        "model": "model.onnx",
+        "cases": [{"input": f"input_{i}.npy", "output": f"output_{i}.npy"} for i in range(len(golden))],
+        "files": {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in sorted(files.items())},
+        **given,
+        **_device_facts(device),
+    }
+    files[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    write_folder(target, files)
+    return read_bundle(target)
+
+
+def _golden(model: nn.Module, example_input: torch.Tensor, cases: int, seed: int) -> list[Golden]:
+    """The example and random inputs of its mean and spread, with the model's own answers."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    spread, mean = example_input.float().std(unbiased=False).item() or 1.0, example_input.float().mean().item()
+    golden = []
+    with torch.no_grad():
+        for number in range(cases):
+            noise = torch.randn(example_input.shape, generator=generator).to(example_input)
+            values = example_input if number == 0 else noise * spread + mean
+            output = model(values)
+            if not isinstance(output, torch.Tensor):
+                raise UnsupportedModelError(f"the model returns {type(output).__name__}: a bundle needs one tensor")
+            if not torch.isfinite(output).all():
+                raise CheckFailedError(f"the model's output on golden input {number} is not finite: check its weights")
+            golden.append(Golden(values.detach().cpu().numpy(), output.cpu().numpy()))
+    return golden
+
+
+def _macs(model: nn.Module, example_input: torch.Tensor) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(example_input)
+    return int(counter.get_total_flops()) // 2  # it counts two for a multiply-accumulate
+
+
+def _device_facts(device: Device) -> dict[str, Any]:
+    """What ``device check`` found, None where the device has not been checked."""
+    facts = {"noise_floor": None, "reference_ms": None, "fingerprint": None}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        stored = json.loads((device.table_folder / "device.json").read_text(encoding="utf-8"))
+        facts = {key: stored.get(key) for key in facts}
+    return facts
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A folder that is neither new, nor empty, nor a bundle is never touched."""
+    try:
+        if not folder.exists():
+            return
+        entries = sorted(p.name for p in folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot write {folder} ({error.strerror}): choose another folder") from error
+    if not entries:
+        return
+    if not is_bundle(folder):
+        raise InputError(f"{folder} holds other things ({', '.join(entries[:3])}): choose a new folder, or empty it")
