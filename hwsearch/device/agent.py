@@ -4,7 +4,8 @@ One JSON object a line: requests on standard input, answers on standard output; 
 local device runs this as a subprocess, so that a runtime that crashes on a network takes one job with it and no more.
 Standard library, numpy and the device's own runtime; no torch.
 
-A request is ``{"id", "job", "device", ...}``; each answer carries the id and an ``event``. ``done`` or ``error`` ends a job:
+A request is ``{"id", "job", "device", ...}``; each answer carries the id and an ``event``; ``done`` or ``error`` ends a
+job, ``alive`` says only that work goes on:
 
     probe      {}                                                   -> done {fingerprint}
     optimise   {networks: [path]}                                   -> optimised {index, path} ..., done
@@ -26,7 +27,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -77,68 +79,15 @@ class Jobs:
 
     def time(self, device: Device, request: dict[str, Any]) -> None:
         """Times networks; each timing is told as soon as it is final."""
-        runtime, current = runtime_of(device), _Current(request["folder"])
-        settings = StopwatchSettings(**request["settings"])
-        bench = self._bench(device, request["canary"])
-        heart = _Heart(self.answer)
-
-        def touch(index: int) -> None:
-            current(index)
-            heart.beat()
-
-        def watch() -> Stopwatch:
-            return Stopwatch(bench.canary, bench.clock, settings, request["reference_ms"], touch)
-
-        loaded: dict[int, Any] = {}
-
-        def loader(index: int) -> Callable[[], Any]:
-            def load() -> Any:
-                item = request["networks"][index]
-                loaded[index] = bench.open(item["name"], Path(item["path"]).read_bytes())
-                return loaded[index]
-
-            return load
-
-        def release(index: int) -> None:
-            if index in loaded:
-                loaded.pop(index).close()
-
-        items = [(item["name"], loader(index)) for index, item in enumerate(request["networks"])]
-        for index, outcome in _outcomes(runtime.INTERLEAVES, bench, watch, items, request["networks"], release):
-            if isinstance(outcome, Timing):
-                self._tell(index, outcome, loaded[index], settings, request, current)
-            else:
-                self.answer("failed", index=index, kind=type(outcome).__name__, message=str(outcome))
+        _TimeJob(self._bench(device, request["canary"]), runtime_of(device).INTERLEAVES, request, self.answer).work()
         self.answer("done")
-
-    def _tell(
-        self,
-        index: int,
-        timing: Timing,
-        program: Any,
-        settings: StopwatchSettings,
-        request: dict[str, Any],
-        current: _Current,
-    ) -> None:
-        fields: dict[str, Any] = {}
-        if request["nodes"]:
-            current(index)
-            try:
-                shares, optimised = program.profile(settings.profile_runs, timing.raw_p50_ms)
-            except HwsearchError as error:
-                self.answer("failed", index=index, kind=type(error).__name__, message=str(error))
-                return
-            target = Path(request["folder"]) / f"{index}.optimised"
-            target.write_bytes(optimised)
-            fields = {"shares": shares, "optimised": str(target)}
-        self.answer("timing", index=index, timing=asdict(timing), **fields)
 
     def calibrate(self, device: Device, request: dict[str, Any]) -> None:
         """Times the canary alone, and tells who else used the machine meanwhile."""
         bench = self._bench(device, request["canary"])
-        bench.begin(Path(request["canary"]).read_bytes())
+        bench.begin(Path(request["canary"]).read_bytes(), 0)
         heart = _Heart(self.answer)
-        stopwatch = Stopwatch(bench.canary, bench.clock, StopwatchSettings(), None, lambda index: heart.beat())
+        stopwatch = Stopwatch(bench.canary, bench.clock, StopwatchSettings(), None, lambda _: heart.beat())
         before = _cpu_seconds()
         reference = stopwatch.calibrate(request["seconds"])
         after = _cpu_seconds()
@@ -170,22 +119,68 @@ class Jobs:
         return self._benches[key]
 
 
-def _outcomes(
-    interleaves: bool,
-    bench: Any,
-    watch: Callable[[], Stopwatch],
-    items: list[Any],
-    networks: list[Any],
-    release: Callable[[int], None],
-) -> Iterator[tuple[int, Timing | HwsearchError]]:
-    """All outcomes; a runtime that does not interleave gets a fresh stopwatch for each network."""
-    if interleaves:
-        yield from watch().time(items, release)
-        return
-    for index, item in enumerate(items):
-        bench.begin(Path(networks[index]["path"]).read_bytes())
-        for _, outcome in watch().time([item], lambda _, index=index: release(index)):
-            yield index, outcome
+class _TimeJob:
+    """One request to time networks on a bench."""
+
+    def __init__(self, bench: Any, interleaves: bool, request: dict[str, Any], answer: Answer) -> None:
+        self.bench, self.interleaves, self.request, self.answer = bench, interleaves, request, answer
+        self.networks: list[dict[str, str]] = request["networks"]
+        self.settings = StopwatchSettings(**request["settings"])
+        self._current, self._heart = _Current(request["folder"]), _Heart(answer)
+        self._loaded: dict[int, Any] = {}
+
+    def work(self) -> None:
+        """Tells one event for each network."""
+        for index, outcome in self._outcomes():
+            try:
+                if not isinstance(outcome, Timing):
+                    raise outcome
+                timing, fields = self._with_shares(index, outcome) if self.request["nodes"] else (outcome, {})
+            except HwsearchError as error:
+                self.answer("failed", index=index, kind=type(error).__name__, message=str(error))
+            else:
+                self.answer("timing", index=index, timing=asdict(timing), **fields)
+
+    def _outcomes(self) -> Iterator[tuple[int, Timing | HwsearchError]]:
+        """All outcomes; a runtime that does not interleave gets a fresh stopwatch for each network."""
+        items = [(network["name"], partial(self._load, index)) for index, network in enumerate(self.networks)]
+        if self.interleaves:
+            yield from self._stopwatch().time(items, self._release)
+            return
+        for index, item in enumerate(items):
+            self.bench.begin(Path(self.networks[index]["path"]).read_bytes(), self.settings.seed)
+            for _, outcome in self._stopwatch(index).time([item]):
+                yield index, outcome
+            self._release(index)
+
+    def _stopwatch(self, first: int = 0) -> Stopwatch:
+        """A stopwatch whose first network is number ``first`` of the request."""
+
+        def touch(index: int) -> None:
+            self._current(index + first if index >= 0 else index)
+            self._heart.beat()
+
+        return Stopwatch(self.bench.canary, self.bench.clock, self.settings, self.request["reference_ms"], touch)
+
+    def _load(self, index: int) -> Any:
+        self._current(index)
+        network = self.networks[index]
+        self._loaded[index] = self.bench.open(network["name"], Path(network["path"]).read_bytes())
+        return self._loaded[index]
+
+    def _release(self, index: int) -> None:
+        if index in self._loaded:
+            self._loaded.pop(index).close()
+
+    def _with_shares(self, index: int, timing: Timing) -> tuple[Timing, dict[str, Any]]:
+        """The timing with the profiling's cost, and what the host needs to join shares and kernels."""
+        self._current(index)
+        start = self.bench.clock()
+        shares, optimised = self._loaded[index].profile(self.settings.profile_runs, timing.raw_p50_ms)
+        timing = replace(timing, seconds=timing.seconds + (self.bench.clock() - start) / 1e9)
+        target = Path(self.request["folder"]) / f"{index}.optimised"
+        target.write_bytes(optimised)
+        return timing, {"shares": shares, "optimised": str(target)}
 
 
 class _Current:
@@ -233,7 +228,7 @@ def serve() -> None:
     def listen() -> None:
         for line in sys.stdin:
             requests.put(line)
-        os._exit(0)
+        os._exit(0)  # the host is done with us, or dead
 
     threading.Thread(target=listen, daemon=True).start()
     number = 0
@@ -254,6 +249,10 @@ def serve() -> None:
             getattr(jobs, request["job"])(Device.from_dict(request["device"]), request)
         except HwsearchError as error:
             answer("error", kind=type(error).__name__, message=str(error))
+        except ImportError as error:
+            answer(
+                "error", kind=DeviceJobError.__name__, message=f"the device lacks a package: {error}; install it there"
+            )
         except MemoryError:
             answer("error", kind=DeviceJobError.__name__, message="the device has not enough memory for this network")
         except Exception as error:

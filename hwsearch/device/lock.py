@@ -75,14 +75,21 @@ def _hold(mode: str, message: Callable[[str], None] | None) -> Iterator[None]:
 
 
 def _acquire(mode: str, message: Callable[[str], None] | None) -> None:
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        if message is not None and not told:  # once, though there are two files to wait for
+            told.append(text)
+            message(text)
+
     try:
         if mode == _EXCLUSIVE:
-            _held.files.append(_locked(_GATE, mode, message))
-            _held.files.append(_locked(_LOCK, mode, message))
+            _held.files.append(_locked(_GATE, mode, tell))
+            _held.files.append(_locked(_LOCK, mode, tell))
         else:
-            gate = _locked(_GATE, mode, message)
+            gate = _locked(_GATE, mode, tell)
             try:
-                _held.files.append(_locked(_LOCK, mode, message))
+                _held.files.append(_locked(_LOCK, mode, tell))
             finally:
                 os.close(gate)
     except _AncestorHolds:
@@ -105,7 +112,19 @@ def _release() -> None:
         os.close(file)
 
 
-def _locked(name: str, mode: str, message: Callable[[str], None] | None) -> int:
+def _forget() -> None:
+    """In a forked child: the lock is the parent's, and unlocking the shared descriptor would take it away."""
+    for file in _held.files:
+        os.close(file)
+    _held.files.clear()
+    _held.modes.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _locked(name: str, mode: str, message: Callable[[str], None]) -> int:
     """An open descriptor of the named file with the lock taken on it."""
     try:
         import fcntl
@@ -121,9 +140,8 @@ def _locked(name: str, mode: str, message: Callable[[str], None] | None) -> int:
         except BlockingIOError:
             if _ancestor_holds(mode):
                 raise _AncestorHolds from None
-            if message is not None:
-                who = "a timing" if mode == _SHARED else "another timing or background work"
-                message(f"waiting for {who} on this machine to finish ({FOLDER / name})")
+            who = "a timing" if mode == _SHARED else "another timing or background work"
+            message(f"waiting for {who} on this machine to end (lock {FOLDER / name})")
             fcntl.flock(file, operation)
     except BaseException:
         os.close(file)

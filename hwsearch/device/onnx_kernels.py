@@ -23,27 +23,19 @@ Shape: TypeAlias = tuple[int, ...]
 _NCHWC = "com.microsoft.nchwc"
 
 _UNARY = {
-    "Abs", "BatchNormalization", "Cast", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "FastGelu", "Floor", "Gelu",
-    "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish", "Neg", "Not", "PRelu", "QuickGelu", "Reciprocal", "Relu",
-    "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
-    "BiasGelu", "QuantizeLinear", "DequantizeLinear",
+    "Abs", "BatchNormalization", "BiasGelu", "Cast", "Ceil", "Celu", "Clip", "Cos", "DequantizeLinear", "Elu", "Erf",
+    "Exp", "FastGelu", "Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish", "Neg", "Not", "PRelu",
+    "QuantizeLinear", "QuickGelu", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh",
+    "ThresholdedRelu",
 }  # fmt: skip
-_BINARY = {"Add", "And", "BiasAdd", "Div", "Equal", "Greater", "Less", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "Sub",
-           "Sum", "Where", "Xor"}  # fmt: skip
+_BINARY = {
+    "Add", "And", "BiasAdd", "Div", "Equal", "Greater", "Less", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "Sub",
+    "Sum", "Where", "Xor",
+}  # fmt: skip
 _FREE = {"Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"}
 _MOVE = {
-    "Transpose",
-    "Slice",
-    "Split",
-    "Pad",
-    "Gather",
-    "Expand",
-    "Tile",
-    "DepthToSpace",
-    "SpaceToDepth",
-    "Resize",
-    "Upsample",
-}
+    "DepthToSpace", "Expand", "Gather", "Pad", "Resize", "Slice", "SpaceToDepth", "Split", "Tile", "Transpose", "Upsample",
+}  # fmt: skip
 _REDUCE = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"}
 _POOL = {"MaxPool", "AveragePool", "LpPool"}
 _GLOBAL_POOL = {"GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"}
@@ -155,11 +147,11 @@ class Reader:
             return self._elementwise(node, layout)
         if op == "Concat":
             shapes = [self.shapes.get(name, ()) for name in node.input]
-            axis = attributes.get("axis", 1)
-            out = list(main)
+            axis = int(attributes.get("axis", 1))
+            joined = list(main)
             if main and all(len(shape) == len(main) for shape in shapes):
-                out[axis] = sum(shape[axis] for shape in shapes)
-            return "concat", {"inputs": len(node.input)}, tuple(out), layout
+                joined[axis] = sum(shape[axis] for shape in shapes)
+            return "concat", {"inputs": len(node.input)}, tuple(joined), layout
         if blocked and op == "Upsample":
             scales = attributes.get("scales") or [1] * 4
             return "move", {}, tuple(int(size * scale) for size, scale in zip(main, scales, strict=False)), "nchwc"
@@ -182,10 +174,7 @@ class Reader:
         out_channels = weight[1] * groups if transposed else weight[0]
         # what runs is what the weight says: a blocked convolution pads its input channels too
         in_channels = weight[0] if transposed else weight[1] * groups
-        if transposed:
-            space = self._inferred(node, main)[2:]
-        else:
-            space = self._windows(main[2:], tuple(weight[2:]), attributes)
+        space = self._inferred(node, main)[2:] if transposed else self._windows(main[2:], weight[2:], attributes)
         fused = []
         if len(node.input) > 3 and node.input[3] and op in ("Conv", "FusedConv"):
             fused.append("add")
@@ -236,7 +225,7 @@ class Reader:
         batch = math.prod(main[:-2]) if len(main) > 2 else 1
         fused = (bytes(attributes["activation"]).decode().lower(),) if attributes.get("activation") else ()
         # a linear layer's rows are the batch; a matrix product's rows are positions of each batch entry
-        fields = {"fused": fused, "in_shape": (rows, main[-1]), "out_shape": (rows, columns)}
+        fields: dict[str, Any] = {"fused": fused, "in_shape": (rows, main[-1]), "out_shape": (rows, columns)}
         if len(main) > 2:
             fields |= {"in_shape": (batch, main[-1], rows), "out_shape": (batch, columns, rows)}
         out = (*main[:-1], columns) if len(other) > 1 else main[:-1]
@@ -246,7 +235,8 @@ class Reader:
         axes = attributes.get("axes")
         if axes is None and len(node.input) > 1 and node.input[1]:
             axes = self._value(node.input[1])
-        axes = sorted(int(axis) % len(main) for axis in (range(len(main)) if axes is None else axes)) if main else []
+        wanted = range(len(main)) if axes is None else axes
+        axes = sorted(int(axis) % len(main) for axis in wanted) if main else []
         keep = int(attributes.get("keepdims", 1))
         full = tuple(1 if axis in axes else size for axis, size in enumerate(main))
         out = full if keep else tuple(size for axis, size in enumerate(main) if axis not in axes)

@@ -2,10 +2,10 @@
 
 Device side: standard library, numpy and onnxruntime. Only :func:`parse`, which runs on the host, needs ``onnx``.
 
-Node times come from ORT's own profiler and are used as shares of the unprofiled time: profiling slows small networks two
-or three times, and durations are whole microseconds, cut off (so half a microsecond is added, and a mean over many runs
-taken instead of a median). The names that ORT makes up (``ReorderOutput_token_14``) differ from session to session, so the
-optimised graph is saved by the very session that is profiled, and nodes are joined by position in it.
+Node times come from ORT's own profiler and are used as shares of the unprofiled time: profiling slows small networks
+two or three times, and durations are whole microseconds, cut off (so half a microsecond is added, and a mean over many
+runs taken instead of a median). The names that ORT makes up (``ReorderOutput_token_14``) differ from session to
+session, so the optimised graph is saved by the very session that is profiled, and nodes are joined by position in it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,10 +33,20 @@ if TYPE_CHECKING:
 INTERLEAVES = True
 
 _OPTIONS = ("spinning",)
-_ISA_FLAGS = ("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
-              "neon", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve")  # fmt: skip
-_TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
-          "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_}  # fmt: skip
+_ISA_FLAGS = (
+    "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
+    "neon", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
 
 
 def probe(device: Device) -> Fingerprint:
@@ -112,7 +123,7 @@ class Bench:
         """Loads a network; its input is fixed random numbers, its buffers are allocated once."""
         return Loaded(self.device, network)
 
-    def begin(self, network: bytes) -> None:
+    def begin(self, network: bytes, seed: int) -> None:
         """Nothing to set: this clock is the machine's."""
 
 
@@ -151,7 +162,7 @@ class Loaded:
             runs: how often, at most; fewer when a run (of ``run_ms``) is long.
 
         Returns:
-            (operation, share of the time) of each node in execution order, and the optimised graph of that very session.
+            (operation, share of the time) of each node in execution order, and that very session's optimised graph.
         """
         runs = max(4, min(runs, int(400 / max(run_ms, 1e-3))))
         with TemporaryDirectory(dir=scratch()) as folder:
@@ -207,8 +218,8 @@ def example(value: Any) -> np.ndarray:
     if kind is None:
         raise DeviceJobError(f"input {value.name!r} has the type {value.type}; known: {', '.join(_TYPES)}")
     if np.issubdtype(kind, np.floating):
-        return np.random.default_rng(0).standard_normal(value.shape).astype(kind)
-    return np.zeros(value.shape, kind)
+        return np.asarray(np.random.default_rng(0).standard_normal(value.shape), kind)
+    return np.asarray(np.zeros(value.shape, kind))
 
 
 def one_line(error: BaseException) -> str:
@@ -218,8 +229,13 @@ def one_line(error: BaseException) -> str:
 
 
 def scratch() -> str | None:
-    """A folder in memory for files that live for a moment, or None for the system's temporary folder."""
-    return "/dev/shm" if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK) else None
+    """A folder in memory for files that live for a moment, or None for the system's temporary folder.
+
+    Containers often have 64 MB there, too little for a large network.
+    """
+    if not (os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK)):
+        return None
+    return "/dev/shm" if shutil.disk_usage("/dev/shm").free >= 512 << 20 else None
 
 
 def _options(device: Device) -> Any:

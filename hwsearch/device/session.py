@@ -12,9 +12,12 @@ real device hold the machine-wide timing lock for as long as the iterator of :me
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +50,7 @@ def open_session(
 
     Args:
         device: the device or its name.
-        message: told in one line when the session has to wait for the machine.
+        message: told in one line when the session has to wait for the machine; a logged warning by default.
         timeout_s: an agent that says nothing for so long is stopped, and its job has failed.
     """
     return DeviceSession(
@@ -62,13 +65,13 @@ class DeviceSession:
         self, device: Device, *, message: Callable[[str], None] | None = None, timeout_s: float = 180.0
     ) -> None:
         self.device = device
-        self._message, self._timeout_s = message, timeout_s
+        self._message, self._timeout_s = message or logging.getLogger("hwsearch").warning, timeout_s
         self._runtime = runtime_of(device)
         self._agent: LocalTransport | None = None
         self._number = 0
         self._busy = False
         self._fingerprint: Fingerprint | None = None
-        self._folder = _folder()
+        self._folder, self._alive = _folder()
         self._canary = self._folder / "canary"
         self._canary.write_bytes(canary_bytes())
 
@@ -82,8 +85,17 @@ class DeviceSession:
 
     def close(self) -> None:
         """Ends the agent and removes its files; the session cannot be used again."""
-        self._stop()
+        self.restart()
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._alive >= 0:
+            os.close(self._alive)
+            self._alive = -1
+
+    def restart(self) -> None:
+        """Ends the agent; the next job starts a new one (its memory lies elsewhere, so its times scatter anew)."""
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
 
     @property
     def agent_pid(self) -> int | None:
@@ -115,10 +127,10 @@ class DeviceSession:
         for start, count in _jobs(networks):
             with self._job_folder() as folder:
                 paths = _write(folder, networks[start : start + count])
-                for event in self._batch(
-                    "optimise", folder, labels[start : start + count], {"networks": paths}, fail, paths
-                ):
-                    results[start + event["index"]] = Path(event["path"]).read_bytes()
+                part = labels[start : start + count]
+                with contextlib.closing(self._batch("optimise", folder, part, {}, fail, paths)) as events:
+                    for event in events:
+                        results[start + event["index"]] = Path(event["path"]).read_bytes()
         return [results[index] for index in range(len(networks))]
 
     def lower(self, networks: Sequence[bytes], names: Sequence[str] | None = None) -> list[tuple[Kernel, ...]]:
@@ -169,7 +181,8 @@ class DeviceSession:
         with self._job_folder() as folder:
             (path,) = _write(folder, [network])
             arrays = folder / "inputs.npz"
-            np.savez(arrays, **{f"array_{number}": value for number, value in enumerate(inputs.values())})
+            numbered: dict[str, Any] = {f"array_{number}": value for number, value in enumerate(inputs.values())}
+            np.savez(arrays, **numbered)
             request = {"network": path, "inputs": str(arrays), "names": list(inputs), "folder": str(folder)}
             answer = self._single("run", request)
             with np.load(answer["outputs"], allow_pickle=False) as stored:
@@ -209,24 +222,23 @@ class DeviceSession:
         names = [name for name, _ in networks]
         items = [{"name": name, "path": path} for name, path in zip(names, paths, strict=True)]
         request = {
-            "networks": items,
             "canary": str(self._canary),
             "reference_ms": reference_ms,
             "settings": asdict(settings),
             "nodes": nodes,
         }
-        for event in self._batch("time", folder, names, request, fail, items):
-            # the agent saw no kernels: they are parsed here, from the file of the profiled session
-            timing = Timing(
-                **{key: value for key, value in event["timing"].items() if key not in ("node_shares", "kernels")}
-            )
-            if nodes:
-                try:
-                    timing = self._with_nodes(timing, event)
-                except DeviceJobError as error:
-                    fail(timing.network, error)
-                    continue
-            yield timing
+        with contextlib.closing(self._batch("time", folder, names, request, fail, items)) as events:
+            for event in events:
+                # the agent knows no kernels: they are parsed here, from the file of the profiled session
+                found = {key: value for key, value in event["timing"].items() if key not in ("node_shares", "kernels")}
+                timing = Timing(**found)
+                if nodes:
+                    try:
+                        timing = self._with_nodes(timing, event)
+                    except DeviceJobError as error:
+                        fail(timing.network, error)
+                        continue
+                yield timing
 
     def _with_nodes(self, timing: Timing, event: dict[str, Any]) -> Timing:
         path = Path(event["optimised"])
@@ -235,8 +247,8 @@ class DeviceSession:
         shares = event["shares"]
         if [kernel.op for kernel in kernels] != [op for op, _ in shares]:
             raise DeviceJobError(
-                f"network {timing.network!r}: the profiler saw {len(shares)} nodes, the optimised graph has {len(kernels)} others; "
-                "time it without nodes"
+                f"network {timing.network!r}: the profiler saw {len(shares)} nodes, the optimised graph has "
+                f"{len(kernels)} others; time it without nodes"
             )
         keyed = tuple((kernel.node, float(share)) for kernel, (_, share) in zip(kernels, shares, strict=True))
         return replace(timing, node_shares=keyed, kernels=kernels)
@@ -249,7 +261,7 @@ class DeviceSession:
         request: dict[str, Any],
         fail: ErrorHandler,
         items: Sequence[Any],
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, None]:
         """Events of a job over several networks; after a crash the rest goes on in a new agent.
 
         Yields:
@@ -259,22 +271,38 @@ class DeviceSession:
         while left:
             sent = list(left)  # the agent counts within what it was sent
             request = request | {"networks": [items[index] for index in sent], "folder": str(folder)}
+            (folder / "current").unlink(missing_ok=True)
             try:
-                for event in self._events(job, request):
-                    if "index" not in event:
-                        continue
-                    index = sent[event["index"]]
-                    left.remove(index)
-                    if event["event"] == "failed":
-                        fail(names[index], self._error(event, names[index]))
-                    else:
-                        yield event | {"index": index}
+                with contextlib.closing(self._events(job, request)) as events:
+                    for event in events:
+                        if "index" not in event:
+                            continue
+                        index = sent[event["index"]]
+                        left.remove(index)
+                        if event["event"] == "failed":
+                            fail(names[index], self._error(event, names[index]))
+                        else:
+                            yield event | {"index": index}
                 if left:
                     raise InternalError(f"the agent ended the job {job} without a word on {len(left)} networks")
             except AgentGone as gone:
-                index = _blamed(folder, sent, left)
+                index = self._blamed(folder, sent, left, gone)
                 left.remove(index)
-                fail(names[index], DeviceJobError(f"network {names[index]!r}: {gone}; the others go on without it"))
+                fail(names[index], DeviceJobError(f"network {names[index]!r}: {gone}"))
+
+    def _blamed(self, folder: Path, sent: list[int], left: list[int], gone: AgentGone) -> int:
+        """The network that the agent was at when it ended.
+
+        Raises:
+            DeviceJobError: it was at none: the agent or the canary itself does not work on this device.
+        """
+        try:
+            index = int((folder / "current").read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            index = -1
+        if not 0 <= index < len(sent) or sent[index] not in left:
+            raise DeviceJobError(f"device {self.device.name}: {gone}, at none of the networks") from None
+        return sent[index]
 
     def _single(self, job: str, request: dict[str, Any]) -> dict[str, Any]:
         """The last answer of a job that has one."""
@@ -284,7 +312,7 @@ class DeviceSession:
             raise DeviceJobError(f"device {self.device.name}: job {job}: {gone}") from None
         return answers[-1]
 
-    def _events(self, job: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _events(self, job: str, request: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """Answers until the job is done; an abandoned job ends the agent, which would go on with it."""
         if self._busy:
             raise InternalError("a job was asked for while another one's iterator is still open")
@@ -306,7 +334,7 @@ class DeviceSession:
         finally:
             self._busy = False
             if not finished:
-                self._stop()
+                self.restart()
 
     def _error(self, event: dict[str, Any], network: str | None) -> HwsearchError:
         if event["kind"] == "InternalError":
@@ -318,11 +346,6 @@ class DeviceSession:
         error = kind(text)
         return error if isinstance(error, HwsearchError) else DeviceJobError(text)
 
-    def _stop(self) -> None:
-        if self._agent is not None:
-            self._agent.close()
-            self._agent = None
-
     @contextlib.contextmanager
     def _job_folder(self) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(dir=self._folder, prefix="job-"))
@@ -332,8 +355,28 @@ class DeviceSession:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(dir=scratch(), prefix="hwsearch-"))
+def _folder() -> tuple[Path, int]:
+    """A folder for this session's files, and the lock in it that says that the session lives.
+
+    It may lie in memory, so what a killed session left there is removed by the next one: nobody holds its lock.
+    """
+    import fcntl
+
+    root = Path(scratch() or tempfile.gettempdir())
+    for old in root.glob("hwsearch-session-*"):
+        with contextlib.suppress(OSError):
+            if old.stat().st_uid != os.getuid() or time.time() - old.stat().st_mtime < 60:
+                continue
+            lock = os.open(old / "alive", os.O_RDONLY | os.O_CREAT)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                os.close(lock)
+    folder = Path(tempfile.mkdtemp(dir=root, prefix="hwsearch-session-"))
+    alive = os.open(folder / "alive", os.O_RDONLY | os.O_CREAT)
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    return folder, alive
 
 
 def _write(folder: Path, networks: Sequence[bytes]) -> list[str]:
@@ -357,12 +400,3 @@ def _jobs(networks: Sequence[bytes]) -> Iterator[tuple[int, int]]:
             count += 1
         yield start, count
         start += count
-
-
-def _blamed(folder: Path, sent: list[int], left: list[int]) -> int:
-    """The network that the agent was at when it ended; the first one left when it was at none of them."""
-    try:
-        index = int((folder / "current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        index = -1
-    return sent[index] if 0 <= index < len(sent) and sent[index] in left else left[0]

@@ -3,8 +3,8 @@
 It does what real CPU runtimes were seen to do, by shape:
 
 * channels are padded to blocks: the stairs;
-* a dense convolution runs blocked when its input channels are few (a stem) or a multiple of 4; a depth-wise one when its
-  channels are a multiple of 4; grouped ones never. What leaves the blocked path gets reorder nodes around it;
+* a dense convolution runs blocked when its input channels are few (a stem) or a multiple of 4; a depth-wise one when
+  its channels are a multiple of 4; grouped ones never. What leaves the blocked path gets reorder nodes around it;
 * an activation is fused into the convolution before it; a residual add too, where both sides are blocked;
 * batch normalisation is folded into the convolution before it.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hwsearch.device.onnx_kernels import Reader, spread
@@ -69,13 +69,13 @@ def read_graph(data: bytes) -> tuple[Kernel, ...]:
         document = json.loads(data)
         if document["schema"] != SCHEMA or document["version"] != 1:
             raise ValueError(f"schema {document['schema']} version {document['version']}")
-        tuples = {field.name for field in fields(Kernel) if field.name in ("fused", "source")}
-        return tuple(
-            Kernel(**{name: tuple(value) if name in tuples else value for name, value in kernel.items()})
-            for kernel in document["kernels"]
-        )
+        return tuple(_kernel(values) for values in document["kernels"])
     except (ValueError, KeyError, TypeError) as error:
         raise DeviceJobError(f"the optimised graph is not one of the simulated runtime ({error})") from None
+
+
+def _kernel(values: dict[str, Any]) -> Kernel:
+    return Kernel(**values | {"fused": tuple(values["fused"]), "source": tuple(values["source"])})
 
 
 def _fused(model: Any, reader: Reader) -> list[_Step]:
@@ -86,48 +86,44 @@ def _fused(model: Any, reader: Reader) -> list[_Step]:
     readers.update(value.name for value in model.graph.output)
     for node, kernel in zip(model.graph.node, reader.kernels(), strict=True):
         inputs = [name for name in node.input if name and name not in reader.constants]
-        target = made_by.get(inputs[0]) if inputs else None
-        alone = bool(inputs) and readers[inputs[0]] == 1
-        conv = target is not None and target.kernel.family in (*_DENSE, "depthwise", "grouped")
-        tail: tuple[str, ...] | None = None
-        if conv and alone and node.op_type == "BatchNormalization" and target is not None and not target.kernel.fused:
-            tail = ()
-        elif (
-            conv
-            and alone
-            and node.op_type in _ACTIVATIONS
-            and target is not None
-            and _open_to_activation(target.kernel)
-        ):
-            tail = (node.op_type.lower(),)
-        elif node.op_type == "Add" and len(inputs) == 2 and kernel.inputs == 2:
-            # the later of the two sides takes the other one, which exists by then, as a further input
-            first, last = sorted((made_by.get(name) for name in inputs), key=lambda side: side.position if side else -1)
-            if (
-                last is not None
-                and last.kernel.family in _DENSE
-                and not last.kernel.fused
-                and readers[last.output] == 1
-            ):
-                if _made_blocked(last) and _made_blocked(first):
-                    target, tail = last, ("add",)
-                    last.inputs.append(inputs[0] if inputs[1] == last.output else inputs[1])
-        if tail is None or target is None:
-            step = _Step(len(steps), kernel, inputs, node.output[0])
-            steps.append(step)
+        target, tail = _host(node.op_type, inputs, made_by, readers)
+        if target is None:
+            target = _Step(len(steps), kernel, inputs, node.output[0])
+            steps.append(target)
         else:
-            step = target
-            made_by.pop(step.output, None)
+            if tail == ("add",):
+                target.inputs.append(inputs[0] if inputs[1] == target.output else inputs[1])
             # the source stays the convolution's: its tail has no parameters of its own
-            step.kernel = replace(step.kernel, fused=step.kernel.fused + tail)
-            step.output = node.output[0]
+            target.kernel = replace(target.kernel, fused=target.kernel.fused + tail)
+            target.output = node.output[0]
         for name in node.output:
-            made_by[name] = step
+            made_by[name] = target
     return steps
 
 
-def _open_to_activation(kernel: Kernel) -> bool:
-    return not kernel.fused or kernel.fused == ("add",)
+def _host(
+    op: str, inputs: list[str], made_by: Mapping[str, _Step], readers: Mapping[str, int]
+) -> tuple[_Step | None, tuple[str, ...]]:
+    """(the convolution that takes this node in, or None; what it adds to the convolution's tail)."""
+    makers = [made_by.get(name) for name in inputs]
+    # an add goes into its later side: the earlier one exists by then and becomes a further input
+    last = max((maker for maker in makers if maker is not None), key=lambda maker: maker.position, default=None)
+    if last is None or last.kernel.family not in (*_DENSE, "depthwise", "grouped") or readers[last.output] != 1:
+        return None, ()
+    fused = last.kernel.fused
+    if op == "BatchNormalization" and not fused:
+        return last, ()
+    if op in _ACTIVATIONS and fused in ((), ("add",)):
+        return last, (op.lower(),)
+    if (
+        op == "Add"
+        and len(inputs) == 2
+        and not fused
+        and last.kernel.family in _DENSE
+        and all(map(_made_blocked, makers))
+    ):
+        return last, ("add",)
+    return None, ()
 
 
 def _blocked(kernel: Kernel) -> bool:

@@ -1,8 +1,8 @@
 """``Device``: a file of ``devices/*.toml`` as a frozen value, and ``Fingerprint``: what the machine turned out to be.
 
-A *home* is a folder that holds ``devices/`` and ``latency_tables/``. Homes are searched in this order: ``$HWSEARCH_HOME``,
-the current folder, the checkout that holds this package. A device's tables live in the home its file came from, so a
-table in git stays beside the device that it describes.
+A *home* is a folder that holds ``devices/`` and ``latency_tables/``. Homes are searched in this order:
+``$HWSEARCH_HOME``, the current folder, the checkout that holds this package. A device's tables live in the home its
+file came from, so a table in git stays beside the device that it describes.
 """
 
 from __future__ import annotations

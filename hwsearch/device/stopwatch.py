@@ -6,11 +6,12 @@ random order; and the estimate is::
 
     measured_ms = median over kept rounds of (time / mean canary before and after) x reference_ms
 
-with ``reference_ms`` the canary's median when the device was checked. Raw percentiles, uncorrected and over every timed
-run, stand beside it. A round whose canary is slower than ``canary_limit`` times the reference is discarded; too few good
-rounds are a :class:`NoisyDeviceError`, never a number.
+with ``reference_ms`` the canary's median when the device was checked. Raw percentiles, uncorrected and over every
+timed run, stand beside it. While the canary is slower than ``canary_limit`` times the reference the stopwatch waits for
+better times; a round that ran in such a time is discarded; too few good rounds are a :class:`NoisyDeviceError`, never a
+number.
 
-Pure: the clock and the programs come from outside, so that a fake clock tests it and the simulated device uses it as is.
+Pure: the clock and the programs come from outside, so a fake clock tests it and the simulated device uses it as it is.
 Runs on the device: standard library and numpy only.
 """
 
@@ -58,6 +59,7 @@ class StopwatchSettings:
         seconds_max: stop after this much device time on one network.
         canary_limit: a round whose canary exceeds this times the reference is discarded.
         good_min: fewer kept rounds than this are no measurement.
+        patience_seconds: how long to wait, at a time, for a slow machine to recover.
         profile_runs: runs under the runtime's profiler for the shares of the nodes.
         seed: of the order and of the bootstrap.
     """
@@ -72,6 +74,7 @@ class StopwatchSettings:
     seconds_max: float = 2.0
     canary_limit: float = 1.25
     good_min: int = 5
+    patience_seconds: float = 6.0
     profile_runs: int = 24
     seed: int = 0
 
@@ -80,7 +83,7 @@ class StopwatchSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"stopwatch setting {name} is {value!r}; use a whole number of at least 1")
-        for name in ("warmup_seconds", "reading_ms", "target_spread", "seconds_max"):
+        for name in ("warmup_seconds", "reading_ms", "target_spread", "seconds_max", "patience_seconds"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise InputError(f"stopwatch setting {name} is {value!r}; use a finite number of at least 0")
@@ -88,14 +91,15 @@ class StopwatchSettings:
             raise InputError(f"stopwatch setting canary_limit is {self.canary_limit!r}; use a number above 1")
         if not self.good_min <= self.rounds_min <= self.rounds_max:
             raise InputError(
-                f"stopwatch settings need good_min <= rounds_min <= rounds_max, not {self.good_min}, {self.rounds_min}, {self.rounds_max}"
+                "stopwatch settings need good_min <= rounds_min <= rounds_max, not "
+                f"{self.good_min}, {self.rounds_min}, {self.rounds_max}"
             )
 
 
 PROFILE = StopwatchSettings()
 MEASURE = StopwatchSettings(
     warmup_seconds=0.2, reading_ms=4.0, runs_per_reading=5, rounds_min=25, rounds_max=120, target_spread=0.01,
-    seconds_max=10.0, good_min=10, profile_runs=50,
+    seconds_max=10.0, good_min=10, patience_seconds=20.0, profile_runs=50,
 )  # fmt: skip
 
 
@@ -120,8 +124,8 @@ class Timing:
         canary_ms: the canary's median in the kept rounds.
         node_shares: share of each node of the optimised graph, summing to 1; keyed by ``Kernel.node`` and in the order
             of ``kernels``. Empty unless asked for.
-        seconds: device time that this network cost, warm-up and its part of the canary included.
-        kernels: the nodes themselves, from the very graph that was profiled. Empty unless ``node_shares`` was asked for.
+        seconds: device time that this network cost: loading, warm-up, its part of the canary, waiting for better times.
+        kernels: the nodes themselves, from the very graph that was profiled. Empty unless ``node_shares`` is asked for.
     """
 
     network: str
@@ -160,6 +164,7 @@ class _Running:
     program: Program
     repeats: int = 1
     cost_ns: int = 0
+    waited_ns: int = 0
     runs_ms: list[float] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
 
@@ -193,6 +198,7 @@ class Stopwatch:
         self.touch = touch
         self._canary_repeats = 0
         self._canary_last: tuple[int, float] | None = None  # when it ended, what it read
+        self._slow_since: int | None = None  # since when the canary has been too slow without a break
 
     def time(
         self, networks: Iterable[tuple[str, Callable[[], Program]]], release: Callable[[int], None] = lambda index: None
@@ -268,13 +274,29 @@ class Stopwatch:
 
     def _round(self, running: _Running) -> None:
         start = self.clock()
-        before = self._read_canary()
+        before = self._wait()
+        running.waited_ns += self.clock() - start
+        start = self.clock()
         self.touch(running.index)
         times = self._read(running.program, running.repeats)
         after = self._read_canary(fresh=True)
         running.runs_ms.extend(times)
         running.readings.append(Reading(_middle(times), (before + after) / 2))
         running.cost_ns += self.clock() - start
+
+    def _wait(self) -> float:
+        """The canary's reading once the machine is at speed, or whatever it is when patience is over."""
+        value = self._read_canary()
+        if self.reference_ms is None:
+            return value
+        while value > self.settings.canary_limit * self.reference_ms:
+            now = self.clock()
+            self._slow_since = now if self._slow_since is None else self._slow_since
+            if now - self._slow_since > self.settings.patience_seconds * 1e9:
+                return value  # a machine that stays slow is not waited for again and again
+            value = self._read_canary(fresh=True)
+        self._slow_since = None
+        return value
 
     def _finished(self, running: _Running) -> Timing | None:
         """The final timing, or None while more rounds are needed.
@@ -286,17 +308,18 @@ class Stopwatch:
         kept, reference = self._kept(running)
         over = done >= settings.rounds_max or running.cost_ns > settings.seconds_max * 1e9
         if over and len(kept) < settings.good_min:
-            # the machine may only be slow for a moment: as long again, then the answer is that there is none
-            if done < 3 * settings.rounds_max and running.cost_ns <= 3e9 * settings.seconds_max:
+            # slow rounds are no reason to give up at once; a slow network still gets its few rounds
+            if done < 2 * settings.rounds_max and (
+                running.cost_ns < 2e9 * settings.seconds_max or done < settings.good_min
+            ):
                 return None
-            if done < settings.good_min:
-                return None  # a network slower than the limits still gets its few rounds
             slowest = _middle([reading.canary_ms for reading in running.readings])
             raise NoisyDeviceError(
-                f"network {running.name!r}: only {len(kept)} of {done} rounds ran at reference speed (the canary took {slowest:.3g} ms, "
-                f"reference {reference:.3g} ms): the device is busy, throttled or another one; "
+                f"network {running.name!r}: only {len(kept)} of {done} rounds ran at reference speed (the canary took "
+                f"{slowest:.3g} ms, reference {reference:.3g} ms): the device is busy, throttled or another one; "
                 "let it rest, or run `hwsearch device check` again"
             )
+        # bootstrapping is dear: ask only every other round, and not before it can say anything
         if not over and (len(kept) < settings.rounds_min or done % 2 == 0):
             return None
         ratios = np.array([reading.time_ms / reading.canary_ms for reading in kept])
@@ -313,7 +336,7 @@ class Stopwatch:
             rounds=len(kept),
             discarded=done - len(kept),
             canary_ms=_middle([reading.canary_ms for reading in kept]),
-            seconds=running.cost_ns / 1e9,
+            seconds=(running.cost_ns + running.waited_ns) / 1e9,
         )
 
     def _kept(self, running: _Running) -> tuple[list[Reading], float]:

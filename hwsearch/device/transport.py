@@ -40,7 +40,12 @@ class LocalTransport:
         # a file, not a pipe: a native library that prints a lot must not fill it up and stop
         self._errors = tempfile.TemporaryFile(mode="w+b")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hwsearch.device.agent"],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "hwsearch.device.agent",
+            ],  # -P: a "random.py" in the current folder is not ours
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

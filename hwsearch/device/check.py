@@ -1,0 +1,281 @@
+"""`device check`: is this machine quiet enough to be measured, and how fast is it?
+
+It times the canary for some seconds (its median is the reference speed to which every later number is corrected), then
+six unlike networks again and again, each time in a new process: what differs between the repeats is the *noise floor*,
+and no claim about a latency on this device can be finer. The result is ``device.json`` in the device's table folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hwsearch.device.canary import CANARY, check_networks
+from hwsearch.device.lock import timing_lock
+from hwsearch.device.session import DeviceSession, open_session
+from hwsearch.device.spec import Device, Fingerprint
+from hwsearch.device.stopwatch import PROFILE
+from hwsearch.errors import HwsearchError, InputError, SchemaError
+
+SCHEMA, VERSION = "hwsearch.device-check", 1
+FILE = "device.json"
+
+#: Above these a device is noisy: test-retest error (p95), and share of discarded rounds.
+NOISE_LIMIT = 0.10
+DISCARD_LIMIT = 0.30
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCheck:
+    """What `device check` found.
+
+    Attributes:
+        device: its name.
+        fingerprint: what it is.
+        reference_ms: the canary's median: the reference speed of the device's table.
+        best_ms, canary_spread: its fastest reading, and (p90 - p10) / median.
+        noise_floor: 95th percentile of the relative test-retest difference of ``measured_ms``.
+        raw_noise_floor: the same of the plain median, for comparison.
+        discarded: share of the rounds in which the canary was too slow.
+        busy, stolen: cores that other processes, and the hypervisor, kept busy; None where the system does not tell.
+        verdict: ``"ok"`` or ``"noisy"``.
+        messages: what was noticed, a line each.
+        canary: which canary network ``reference_ms`` belongs to.
+    """
+
+    device: str
+    fingerprint: Fingerprint
+    reference_ms: float
+    best_ms: float
+    canary_spread: float
+    noise_floor: float
+    raw_noise_floor: float
+    discarded: float
+    busy: float | None
+    stolen: float | None
+    verdict: str
+    messages: tuple[str, ...]
+    canary: str = CANARY
+
+    @property
+    def ok(self) -> bool:
+        """Whether the device is quiet enough."""
+        return self.verdict == "ok"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DeviceCheck:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            SchemaError: a field is missing, unknown or senseless; the message names it.
+        """
+        wrong = sorted({f.name for f in fields(cls)} ^ set(data))
+        if wrong:
+            raise SchemaError(
+                f"missing or unknown fields {', '.join(map(str, wrong))}; run `hwsearch device check` again"
+            )
+        for name in ("reference_ms", "best_ms", "noise_floor"):
+            value = data[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise SchemaError(f"{name} is {value!r}; run `hwsearch device check` again")
+        if data["reference_ms"] == 0:
+            raise SchemaError("reference_ms is 0; run `hwsearch device check` again")
+        if data["canary"] != CANARY:
+            raise SchemaError(
+                f"made with {data['canary']!r}, this version times {CANARY!r}; run `hwsearch device check` again"
+            )
+        values = dict(data) | {
+            "fingerprint": Fingerprint.from_dict(data["fingerprint"]),
+            "messages": tuple(data["messages"]),
+        }
+        return cls(**values)
+
+    def save(self, folder: Path) -> Path:
+        """Writes ``device.json`` into the folder, whole or not at all.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        path = folder / FILE
+        text = json.dumps({"schema": SCHEMA, "version": VERSION, **self.to_dict()}, indent=2, sort_keys=True) + "\n"
+        temporary = folder / f".{FILE}.{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); choose a writable folder") from None
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> DeviceCheck:
+        """The check saved in a device's table folder.
+
+        Raises:
+            InputError: there is none.
+            SchemaError: the file is damaged or of another version.
+        """
+        path = folder / FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path} does not exist; run `hwsearch device check {folder.name}` first") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise SchemaError(
+                f"{path}: is not JSON ({error}); run `hwsearch device check {folder.name}` again"
+            ) from None
+        if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+            raise SchemaError(f"{path}: is no device check; run `hwsearch device check {folder.name}` again")
+        version = data.pop("version", None)
+        if version != VERSION:
+            raise SchemaError(
+                f"{path}: has version {version!r}, this hwsearch reads {VERSION}; run `hwsearch device check` again"
+            )
+        try:
+            return cls.from_dict(data)
+        except SchemaError as error:
+            raise SchemaError(f"{path}: {error}") from None
+
+
+def check_device(
+    device: Device | str,
+    *,
+    seconds: float = 5.0,
+    passes: int = 3,
+    save: bool = True,
+    session: DeviceSession | None = None,
+    message: Callable[[str], None] | None = None,
+) -> DeviceCheck:
+    """Checks a device and, by default, saves the result in its table folder.
+
+    Args:
+        device: the device or its name.
+        seconds: how long the canary is timed alone; the whole check takes some seconds more.
+        passes: how often each network is timed, 2 or more.
+        save: whether to write ``device.json``.
+        session: an open session to use.
+        message: told what is being done, in one line each.
+
+    Raises:
+        InputError: no such device, or its table folder cannot be written.
+        DeviceJobError: the runtime does not work at all.
+
+    Example:
+        >>> check_device("simulated", save=False).verdict
+        'ok'
+    """
+    if passes < 2:
+        raise InputError(f"passes is {passes}; at least 2 are needed to compare")
+    if not math.isfinite(seconds) or seconds < 0:
+        raise InputError(f"seconds is {seconds}; use a number from 0")
+    device = Device.load(device) if isinstance(device, str) else device
+    tell = message or (lambda text: None)
+    if session is None:
+        with open_session(device, message=message) as opened:
+            return check_device(device, seconds=seconds, passes=passes, save=save, session=opened, message=message)
+    problems: list[str] = []
+    with nullcontext() if device.simulated else timing_lock(tell):
+        tell(f"device {device.name}: timing the canary for {seconds:g} s")
+        reference, busy, stolen = session.calibrate(seconds)
+        measured, raw, kept, lost = _passes(session, reference.median_ms, passes, tell, problems)
+    noise, raw_noise = _retest(measured), _retest(raw)
+    discarded = lost / max(1, kept + lost)
+    noisy, messages = _verdict(noise, discarded, busy, stolen, session.fingerprint, device.threads, problems)
+    result = DeviceCheck(
+        device=device.name,
+        fingerprint=session.fingerprint,
+        reference_ms=reference.median_ms,
+        best_ms=reference.best_ms,
+        canary_spread=reference.spread,
+        noise_floor=noise,
+        raw_noise_floor=raw_noise,
+        discarded=discarded,
+        busy=busy,
+        stolen=stolen,
+        verdict="noisy" if noisy else "ok",
+        messages=tuple(messages),
+    )
+    if save:
+        result.save(device.table_folder)
+    return result
+
+
+def _passes(
+    session: DeviceSession, reference_ms: float, passes: int, tell: Callable[[str], None], problems: list[str]
+) -> tuple[list[dict[str, float]], list[dict[str, float]], int, int]:
+    """measured_ms and raw_p50_ms by network in each pass, and the rounds kept and discarded over all."""
+    measured: list[dict[str, float]] = []
+    raw: list[dict[str, float]] = []
+    kept = lost = 0
+
+    def note(name: str, error: HwsearchError) -> None:
+        problems.append(str(error))
+
+    for number in range(passes):
+        tell(f"device {session.device.name}: timing {len(check_networks())} networks, pass {number + 1} of {passes}")
+        session.restart()
+        settings = replace(PROFILE, seed=number)
+        timings = list(session.time(check_networks(), reference_ms=reference_ms, settings=settings, on_error=note))
+        measured.append({timing.network: timing.measured_ms for timing in timings})
+        raw.append({timing.network: timing.raw_p50_ms for timing in timings})
+        kept += sum(timing.rounds for timing in timings)
+        lost += sum(timing.discarded for timing in timings)
+    return measured, raw, kept, lost
+
+
+def _retest(passes: list[dict[str, float]]) -> float:
+    """95th percentile of the relative difference of a network's times in any two passes; 1 without any pair."""
+    differences = [
+        abs(one[name] - two[name]) / ((one[name] + two[name]) / 2)
+        for one, two in itertools.combinations(passes, 2)
+        for name in one.keys() & two.keys()
+    ]
+    return float(np.percentile(sorted(differences), 95)) if differences else 1.0
+
+
+def _verdict(
+    noise: float,
+    discarded: float,
+    busy: float | None,
+    stolen: float | None,
+    fingerprint: Fingerprint,
+    threads: int,
+    problems: list[str],
+) -> tuple[bool, list[str]]:
+    """(whether the device is too noisy, what to tell the user)."""
+    reasons: list[str] = []
+    if noise > NOISE_LIMIT:
+        reasons.append(
+            f"the same network's time differs by {noise:.1%} from one try to the next (limit {NOISE_LIMIT:.0%})"
+        )
+    if discarded > DISCARD_LIMIT:
+        reasons.append(f"{discarded:.0%} of the rounds ran below reference speed (limit {DISCARD_LIMIT:.0%})")
+    reasons += problems
+    notes = []
+    cores = os.cpu_count() or 1
+    if busy is not None and busy > 0.2:
+        # merely busy elsewhere is what the canary is for; taking the very core that is timed is too much
+        place = reasons if busy + threads > cores + 0.2 else notes
+        place.append(f"other processes keep {busy:.1f} of {cores} cores busy; stop them")
+    if stolen is not None and stolen > 0.02:
+        notes.append(f"the hypervisor takes {stolen:.2f} cores away; a machine of one's own is steadier")
+    if fingerprint.governor not in ("performance", "unknown"):
+        notes.append(f"the frequency governor is {fingerprint.governor!r}; 'performance' is steadier")
+    if threads > cores:
+        notes.append(f"{threads} threads on {cores} cores: they wait for each other")
+    return bool(reasons), [*reasons, *notes]
