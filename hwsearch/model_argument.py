@@ -1,0 +1,164 @@
+"""The MODEL of the command line: an ONNX file, ``package.module:factory``, ``timm:name`` or a folder of hwsearch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hwsearch.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_MAX_DIMENSION = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelArgument:
+    """A model as the user named it. An ONNX file has no ``module``; its bytes, input pinned, are in ``onnx``."""
+
+    spec: str
+    input_shape: tuple[int, ...]
+    module: nn.Module | None = field(default=None, compare=False, repr=False)
+    onnx: bytes | None = field(default=None, repr=False)
+    factory: str | None = None
+
+    @property
+    def example_input(self) -> Tensor:
+        """Random float32 input of ``input_shape``, the same at every call."""
+        import torch
+
+        return torch.randn(self.input_shape, generator=torch.Generator().manual_seed(0))
+
+    def to_onnx(self) -> bytes:
+        """The network as it would be deployed: batch normalisation folded where there is any, then exported.
+
+        Raises:
+            UnsupportedModelError: the module does not run on ``input_shape``, or cannot be exported.
+        """
+        if self.onnx is not None:
+            return self.onnx
+        from hwsearch.graph.onnx_build import export_onnx
+        from hwsearch.reparam.fold import fold
+
+        module = self.need_module()
+        return export_onnx(fold(module, self.example_input, require=False), self.example_input)
+
+    def need_module(self) -> nn.Module:
+        """The PyTorch module.
+
+        Raises:
+            InputError: the model is an ONNX file, which cannot be changed or trained.
+        """
+        if self.module is None:
+            raise InputError(
+                f"{self.spec} is an ONNX file; this verb changes or trains the model and needs PyTorch: "
+                "give package.module:factory or a folder that hwsearch wrote"
+            )
+        return self.module
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """``1x3x224x224`` as a tuple.
+
+    Raises:
+        InputError: the text is no such shape.
+
+    Example:
+        >>> parse_shape("1x3x224x224")
+        (1, 3, 224, 224)
+    """
+    parts = re.split(r"[x,]", text.strip().lower())
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) and 0 < int(part) <= _MAX_DIMENSION for part in parts):
+        raise InputError(f"the input shape is {text!r}: give positive sizes joined by x, such as 1x3x224x224")
+    return tuple(int(part) for part in parts)
+
+
+def load_model_argument(
+    spec: str, input_shape: tuple[int, ...] | None = None, kwargs: Mapping[str, Any] | None = None
+) -> ModelArgument:
+    """Load what the user named.
+
+    Args:
+        spec: see the module.
+        input_shape: of one inference, batch included; a folder and an ONNX file of fixed shape bring their own.
+        kwargs: arguments of a factory.
+
+    Raises:
+        InputError, SchemaError, UnsupportedModelError: one line each: no such file, a damaged file, a factory that
+            fails, an input shape that is missing or does not fit.
+    """
+    path = Path(spec)
+    if path.suffix == ".onnx" or (path.is_file() and ":" not in spec):
+        onnx, shape = _pinned_onnx(path, input_shape)
+        return ModelArgument(spec, shape, onnx=onnx)
+    if path.is_dir():
+        return _from_folder(path, input_shape)
+    if ":" not in spec:
+        raise InputError(
+            f"there is no model {spec!r}: give an ONNX file, a folder that hwsearch wrote, timm:name, or "
+            "package.module:factory such as hwsearch.models.resnet:resnet18"
+        )
+    from hwsearch.models.loading import load_factory
+
+    if input_shape is None:
+        raise InputError(f"{spec} needs the shape of its input: add --input, such as --input 1x3x224x224")
+    return ModelArgument(spec, input_shape, module=load_factory(spec, **dict(kwargs or {})), factory=spec)
+
+
+def _from_folder(folder: Path, input_shape: tuple[int, ...] | None) -> ModelArgument:
+    """A model folder, or a run folder, whose found network stands in ``model/``."""
+    from hwsearch.graph.model_folder import is_model_folder, load_model, read_description
+    from hwsearch.reparam.fold import fold
+
+    found = folder if is_model_folder(folder) else folder / "model"
+    if not is_model_folder(found):
+        raise InputError(f"{folder} holds no model.json: give a model folder, or the folder of a finished run")
+    description = read_description(found)
+    shape = description.input_shape
+    if input_shape is not None and input_shape != shape:
+        raise InputError(f"the model in {found} takes {_text(shape)}, not {_text(input_shape)}: leave --input out")
+    return ModelArgument(str(folder), shape, module=load_model(found, fold=fold), factory=description.factory)
+
+
+def _pinned_onnx(path: Path, input_shape: tuple[int, ...] | None) -> tuple[bytes, tuple[int, ...]]:
+    """The file with a fixed input shape, and that shape. Dynamic sizes are pinned by ``input_shape``."""
+    import onnx
+
+    try:
+        proto = onnx.load(path)
+        onnx.checker.check_model(proto)
+    except OSError as error:
+        raise InputError(f"cannot read the model {path}: {error.strerror or error}; check the path") from error
+    except Exception as error:  # the parser and the checker have no common exception type
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} is not a usable ONNX file: {reason}; export the model again") from error
+    constants = {initializer.name for initializer in proto.graph.initializer}
+    inputs = [value for value in proto.graph.input if value.name not in constants]
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs) or "none"
+        raise InputError(f"{path} has {len(inputs)} inputs ({names}); hwsearch takes networks with exactly one")
+    tensor = inputs[0].type.tensor_type
+    if tensor.elem_type != onnx.TensorProto.FLOAT:
+        kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        raise InputError(f"the input {inputs[0].name} of {path} is {kind}; hwsearch takes float32 inputs")
+    shape = []
+    for at, dimension in enumerate(tensor.shape.dim):
+        wanted = input_shape[at] if input_shape is not None and at < len(input_shape) else None
+        fixed = dimension.dim_value if dimension.HasField("dim_value") and dimension.dim_value > 0 else None
+        if fixed is None and wanted is None:
+            raise InputError(f"the input of {path} has a dynamic size (axis {at}): add --input, such as 1x3x224x224")
+        if fixed is not None and wanted is not None and wanted != fixed:
+            raise InputError(f"{path} takes size {fixed} on axis {at}, --input says {wanted}; give the shape it takes")
+        shape.append(int(fixed if fixed is not None else wanted or 0))
+        dimension.dim_value = shape[-1]
+    if input_shape is not None and len(input_shape) != len(shape):
+        raise InputError(f"{path} takes {len(shape)} axes ({_text(shape)}), --input has {len(input_shape)}")
+    return proto.SerializeToString(), tuple(shape)
+
+
+def _text(shape: tuple[int, ...] | list[int]) -> str:
+    return "x".join(str(size) for size in shape)
