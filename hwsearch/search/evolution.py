@@ -41,8 +41,8 @@ class EvolutionSettings:
         score_batch: choices handed to ``score`` at once: what a kill can lose.
     """
 
-    population: int = 24
-    generations: int = 10
+    population: int = 16
+    generations: int = 12
     evaluations: int | None = None
     mutation: float | None = None
     spread: float = 5.0

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _SCALE_ROUNDS = 6
 _POLISH_ROUNDS = 4
 _POLISH_TRIES = 6
+_NEAR = (0.8, 1.25)  # uses that a walk alone mends: half the predictions, and a child keeps more of its parents
+_INSIDE = 0.9  # the use down to which a choice that is too slow may fall
 _POWER = 1.3  # time grows with about this power of a uniform scaling (between bandwidth's 1 and arithmetic's 2)
 
 
@@ -32,6 +34,12 @@ class _Bracket:
     low_use: Floats  # (N,), -inf where no feasible choice is known
     high: Indices
     high_use: Floats
+    aim: Floats  # (N,) the use from which a row is done
+
+    @property
+    def short(self) -> NDArray[np.int64]:
+        """Rows whose best feasible choice is still below their aim, or that have none."""
+        return np.flatnonzero(self.low_use < self.aim)
 
     def put(self, rows: NDArray[np.int64], tried: Indices, uses: Floats) -> None:
         """Sort new predictions of ``rows`` into the bracket."""
@@ -50,41 +58,41 @@ def repair(budget: Budget, space: WidthSpace, choices: Widths, rng: np.random.Ge
     full_use = float(budget.use(grid.full[None])[0])
     floor = budget.floor if full_use > 1.0 else 0.0
     count = len(start)
-    bracket = _Bracket(start.copy(), np.full(count, -np.inf), start.copy(), np.full(count, np.inf))
     first = budget.use(grid.take(start))
+    # What is too slow comes down to just inside, however low the floor: a lower aim would change it more than it needs.
+    aim = np.where(first > 1.0, max(floor, _INSIDE), floor)
+    bracket = _Bracket(start.copy(), np.full(count, -np.inf), start.copy(), np.full(count, np.inf), aim)
     bracket.put(np.arange(count), start, first)
-    _scale(budget, grid, start, first, bracket, floor)
+    _scale(budget, grid, start, first, bracket)
 
     lost = np.flatnonzero(np.isneginf(bracket.low_use))
     if len(lost):
         smallest, use = budget.smallest_choice(space, enough=1.0)
         bracket.low[lost], bracket.low_use[lost] = grid.nearest(smallest[None]), use
-        # An unreachable budget: the choice that misses it least is all there is. check_reachable has said so before.
         if use > 1.0:
+            # An unreachable budget: what misses it least is all there is, and check_reachable has said so before.
             return grid.take(bracket.low)
     unbounded = np.flatnonzero(np.isposinf(bracket.high_use))
     bracket.high[unbounded], bracket.high_use[unbounded] = grid.top, full_use
-    _walk(budget, grid, bracket, floor, rng)
-    _polish(budget, grid, bracket, floor, rng)
+    _walk(budget, grid, bracket, rng)
+    _polish(budget, grid, bracket, rng)
     return grid.take(bracket.low)
 
 
-def _short(bracket: _Bracket, floor: float) -> NDArray[np.int64]:
-    """Rows whose best feasible choice is still below the floor (or missing)."""
-    return np.flatnonzero(bracket.low_use < floor)
-
-
-def _scale(budget: Budget, grid: WidthGrid, start: Indices, first: Floats, bracket: _Bracket, floor: float) -> None:
+def _scale(budget: Budget, grid: WidthGrid, start: Indices, first: Floats, bracket: _Bracket) -> None:
     """Scale the widths of each row by one factor: keeps a choice's proportions, which are what evolution found."""
     widths = grid.take(start).astype(np.float64)
-    target = np.log((1.0 + floor) / 2)
+    middle = np.log((1.0 + bracket.aim) / 2)
     below = np.where(first <= 1.0, 0.0, -np.inf)  # log factor of the feasible end; -inf: none yet
     above = np.where(first > 1.0, 0.0, np.inf)
     below_use, above_use = first.copy(), first.copy()
+    far = (first < _NEAR[0]) | (first > _NEAR[1])
     for _ in range(_SCALE_ROUNDS):
-        rows = _short(bracket, floor)
+        rows = bracket.short
+        rows = rows[far[rows]]
         if len(rows) == 0:
             return
+        target = middle[rows]
         with np.errstate(invalid="ignore", divide="ignore"):
             log_below, log_above = np.log(below_use[rows]), np.log(above_use[rows])
             share = np.clip((target - log_below) / (log_above - log_below), 0.1, 0.9)
@@ -101,13 +109,13 @@ def _scale(budget: Budget, grid: WidthGrid, start: Indices, first: Floats, brack
         above[rows[~fits]], above_use[rows[~fits]] = factor[~fits], uses[~fits]
 
 
-def _walk(budget: Budget, grid: WidthGrid, bracket: _Bracket, floor: float, rng: np.random.Generator) -> None:
+def _walk(budget: Budget, grid: WidthGrid, bracket: _Bracket, rng: np.random.Generator) -> None:
     """Walk from the feasible to the infeasible end by single steps of single groups, to the last feasible point.
 
     The order of the steps is random, so that equal parents give different children. Somewhere on the way the budget is
     crossed; the crossing is found by interpolation, with a bisection every other round where time jumps.
     """
-    rows = _short(bracket, floor)
+    rows = bracket.short
     rows = rows[bracket.high_use[rows] > 1.0]
     if len(rows) == 0:
         return
@@ -115,16 +123,16 @@ def _walk(budget: Budget, grid: WidthGrid, bracket: _Bracket, floor: float, rng:
     when = _moments(change, rng)
     first, last = np.zeros(len(rows), dtype=np.int64), np.abs(change).sum(axis=1)
     first_use, last_use = bracket.low_use[rows].copy(), bracket.high_use[rows].copy()
-    target = (1.0 + floor) / 2
+    target = (1.0 + bracket.aim[rows]) / 2
     for turn in range(64):  # bisection alone needs log2(steps); 64 is never reached
-        open_ = np.flatnonzero((last - first > 1) & (bracket.low_use[rows] < floor))
+        open_ = np.flatnonzero((last - first > 1) & (bracket.low_use[rows] < bracket.aim[rows]))
         if len(open_) == 0:
             return
         span = last[open_] - first[open_]
         slope = np.maximum(np.nan_to_num(last_use[open_] - first_use[open_], posinf=1e9), 1e-12)
-        ahead = (target - first_use[open_]) / slope * span if turn % 2 == 0 else span / 2
+        ahead = (target[open_] - first_use[open_]) / slope * span if turn % 2 == 0 else span / 2
         step = first[open_] + np.clip(np.round(ahead).astype(np.int64), 1, span - 1)
-        taken = np.asarray([[len_before(times, s) for times in when[r]] for r, s in zip(open_, step, strict=True)])
+        taken = np.asarray([[_steps_before(times, s) for times in when[r]] for r, s in zip(open_, step, strict=True)])
         tried = low[open_] + np.sign(change[open_]) * taken
         uses = budget.use(grid.take(tried))
         bracket.put(rows[open_], tried, uses)
@@ -142,26 +150,27 @@ def _moments(change: Indices, rng: np.random.Generator) -> list[list[NDArray[np.
     return moments
 
 
-def len_before(times: NDArray[np.int64], moment: int) -> int:
+def _steps_before(times: NDArray[np.int64], moment: int) -> int:
     """How many of the sorted ``times`` lie before ``moment``."""
     return int(np.searchsorted(times, moment, side="left"))
 
 
-def _polish(budget: Budget, grid: WidthGrid, bracket: _Bracket, floor: float, rng: np.random.Generator) -> None:
-    """Rows just below the floor, where one step was too much: try single steps of other groups, keep the fullest."""
+def _polish(budget: Budget, grid: WidthGrid, bracket: _Bracket, rng: np.random.Generator) -> None:
+    """Rows just below their aim, where one step was too much: widen single groups, or trade one for another."""
+    reach = np.maximum(grid.top // 3, 1)  # a stair can be several steps of the grid wide
     for _ in range(_POLISH_ROUNDS):
-        rows = np.repeat(_short(bracket, floor), _POLISH_TRIES)
+        rows = np.repeat(bracket.short, _POLISH_TRIES)
         if len(rows) == 0:
             return
-        tried = bracket.low[rows].copy()
         lane = np.arange(len(rows))
-        tried[lane, rng.integers(0, grid.groups, len(rows))] += 1
-        # Half of the tries also take a step back somewhere else: finer changes than any single step.
-        back = lane[lane % 2 == 1]
-        tried[back, rng.integers(0, grid.groups, len(back))] -= 1
+        wider, narrower = rng.integers(0, grid.groups, (2, len(rows)))
+        steps = 1 + np.floor(rng.random((2, len(rows))) * reach[[wider, narrower]]).astype(np.int64)
+        tried = bracket.low[rows].copy()
+        tried[lane, wider] += steps[0]
+        trade = lane % 2 == 1  # half of the tries also give something back elsewhere: finer than any single step
+        tried[lane[trade], narrower[trade]] -= steps[1][trade]
         tried = np.clip(tried, 0, grid.top)
         uses = budget.use(grid.take(tried))
         for lane_of_row in range(_POLISH_TRIES):  # one at a time: rows repeat, and the best of each must win
-            bracket.put(
-                rows[lane_of_row::_POLISH_TRIES], tried[lane_of_row::_POLISH_TRIES], uses[lane_of_row::_POLISH_TRIES]
-            )
+            part = slice(lane_of_row, None, _POLISH_TRIES)
+            bracket.put(rows[part], tried[part], uses[part])

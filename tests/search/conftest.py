@@ -1,0 +1,73 @@
+"""A toy space and synthetic staircases: search is tested without any device or network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwsearch.graph.widths import WidthGroup, WidthSpace
+from hwsearch.search.budget import Budget, Limit
+
+
+@dataclass
+class Staircase:
+    """Milliseconds of a chain of layers whose widths are padded to blocks; a width just above a block edge is slow.
+
+    ``bump`` makes time non-monotone: a width of ``8 k + 2`` costs as much as one of ``8 k + 2 + 8 * bump``.
+    """
+
+    block: int = 8
+    bump: float = 0.0
+    scale: float = 1e-3
+    fixed_ms: float = 0.05
+    predictions: int = field(default=0, compare=False)
+
+    def evaluate(self, choices: np.ndarray) -> np.ndarray:
+        rows = np.asarray(choices)
+        self.predictions += len(rows)
+        padded = np.ceil(rows / self.block) * self.block + np.where(rows % self.block == 2, 8 * self.bump, 0.0)
+        chain = np.concatenate([np.full((len(rows), 1), 8.0), padded], axis=1)
+        return self.fixed_ms + self.scale * (chain[:, :-1] * chain[:, 1:]).sum(axis=1)
+
+    def interval(self, choices: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+        middle = self.evaluate(choices)
+        return middle * (1 - 0.2 * level), middle * (1 + 0.2 * level)
+
+
+class Toy:
+    """What the tests build with."""
+
+    Staircase = Staircase
+
+    @staticmethod
+    def space(allowed: Sequence[Sequence[int]] | None = None, *, groups: int = 6, units: int = 32, step: int = 2):
+        """A space of the given allowed widths, or of equal groups."""
+        allowed = allowed or [range(step * 2, units + 1, step)] * groups
+        made = (
+            WidthGroup(f"g{i}", max(widths), 1, min(widths), slots=(), layers=(), widths=tuple(sorted(widths)))
+            for i, widths in enumerate(allowed)
+        )
+        return WidthSpace(tuple(made), network=None)  # type: ignore[arg-type]
+
+    @staticmethod
+    def budget(space: Any, share: float, latency: Any = None, **settings: Any) -> Budget:
+        """At most ``share`` of the full network's time."""
+        latency = latency or Staircase()
+        full = latency.evaluate(np.asarray([space.full().widths]))[0]
+        return Budget([Limit(latency, full * share, **settings)])
+
+    @staticmethod
+    def score(choices: np.ndarray) -> np.ndarray:
+        """Wider is better with diminishing returns, and later groups matter more."""
+        rows = np.asarray(choices, dtype=np.float64)
+        weights = np.linspace(0.5, 2.0, rows.shape[1])
+        return (weights * np.exp(-rows / 12.0)).sum(axis=1)
+
+
+@pytest.fixture(scope="session")
+def toy() -> type[Toy]:
+    return Toy
