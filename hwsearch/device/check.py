@@ -266,7 +266,7 @@ def _verdict(
     if discarded > DISCARD_LIMIT:
         reasons.append(f"{discarded:.0%} of the rounds ran below reference speed (limit {DISCARD_LIMIT:.0%})")
     reasons += problems
-    notes = []
+    notes: list[str] = []
     cores = os.cpu_count() or 1
     if busy is not None and busy > 0.2:
         # merely busy elsewhere is what the canary is for; taking the very core that is timed is too much

@@ -25,8 +25,8 @@ _NCHWC = "com.microsoft.nchwc"
 _UNARY = {
     "Abs", "BatchNormalization", "BiasGelu", "Cast", "Ceil", "Celu", "Clip", "Cos", "DequantizeLinear", "Elu", "Erf",
     "Exp", "FastGelu", "Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish", "Neg", "Not", "PRelu",
-    "QuantizeLinear", "QuickGelu", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh",
-    "ThresholdedRelu",
+    "QuantizeLinear", "QuickGelu", "Reciprocal", "Relu", "Round",
+    "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
 }  # fmt: skip
 _BINARY = {
     "Add", "And", "BiasAdd", "Div", "Equal", "Greater", "Less", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "Sub",
@@ -34,7 +34,8 @@ _BINARY = {
 }  # fmt: skip
 _FREE = {"Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"}
 _MOVE = {
-    "DepthToSpace", "Expand", "Gather", "Pad", "Resize", "Slice", "SpaceToDepth", "Split", "Tile", "Transpose", "Upsample",
+    "DepthToSpace", "Expand", "Gather", "Pad", "Resize", "Slice", "SpaceToDepth", "Split", "Tile", "Transpose",
+    "Upsample",
 }  # fmt: skip
 _REDUCE = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"}
 _POOL = {"MaxPool", "AveragePool", "LpPool"}
@@ -76,14 +77,16 @@ class Reader:
             self.constants[tensor.name] = tensor
             self.shapes[tensor.name] = tuple(tensor.dims)
             self.dtypes[tensor.name] = _dtype(tensor.data_type)
-        for value in [*self.graph.input, *self.graph.value_info]:
-            kind = value.type.tensor_type
-            sizes = tuple(dim.dim_value for dim in kind.shape.dim)
-            if all(sizes):
-                self.shapes.setdefault(value.name, sizes)
-                self.dtypes.setdefault(value.name, _dtype(kind.elem_type))
-            elif any(value is item for item in self.graph.input) and value.name not in self.constants:
+        for value in self.graph.input:
+            sizes = _sizes(value.type.tensor_type)
+            if value.name in self.constants:
+                continue
+            if not all(sizes):
                 raise DeviceJobError(f"input {value.name!r} has an open dimension; export with fixed sizes")
+            self.shapes[value.name] = sizes
+            self.dtypes[value.name] = _dtype(value.type.tensor_type.elem_type)
+        # what the file claims about its tensors is asked last: ORT writes wrong sizes for some pools with ceil_mode
+        self.declared = {value.name: _sizes(value.type.tensor_type) for value in self.graph.value_info}
         self._onnx = onnx
         self.block = self._block()
 
@@ -98,8 +101,8 @@ class Reader:
         family, fields, out_shape, layout = self._describe(node, attributes)
         main = node.input[0] if node.input else ""
         in_shape = fields.pop("in_shape", None) or self.shapes.get(main, out_shape)
-        for name in node.output:
-            if name and name not in self.shapes:
+        for position, name in enumerate(node.output):
+            if name and (position == 0 or name not in self.shapes):
                 self.shapes[name] = out_shape
             self.layouts[name] = layout
             self.dtypes.setdefault(name, self._dtype_out(node, attributes))
@@ -216,19 +219,22 @@ class Reader:
         other = self.shapes.get(node.input[_GEMM[node.op_type]], ())
         if len(main) < 1 or len(other) < 1:
             return "other", {}, self._inferred(node, main), "nchw"
-        if attributes.get("transA"):
-            main = (*main[:-2], main[-1], main[-2])
-        if attributes.get("transB"):
-            other = (*other[:-2], other[-1], other[-2])
-        columns = other[-1] if len(other) > 1 else 1
-        rows = main[-2] if len(main) > 1 else 1
-        batch = math.prod(main[:-2]) if len(main) > 2 else 1
+        for letter in "AB":
+            shape = main if letter == "A" else other
+            if attributes.get(f"transBatch{letter}") and len(shape) > 2:
+                shape = (*shape[1:-1], shape[0], shape[-1])
+            if attributes.get(f"trans{letter}") and len(shape) > 1:
+                shape = (*shape[:-2], shape[-1], shape[-2])
+            main, other = (shape, other) if letter == "A" else (main, shape)
+        rows, columns = main[-2] if len(main) > 1 else 1, other[-1] if len(other) > 1 else 1
+        stack = tuple(int(size) for size in np.broadcast_shapes(main[:-2], other[:-2]))
         fused = (bytes(attributes["activation"]).decode().lower(),) if attributes.get("activation") else ()
-        # a linear layer's rows are the batch; a matrix product's rows are positions of each batch entry
+        # a linear layer's rows are its batch; in a stack of products the rows are positions
         fields: dict[str, Any] = {"fused": fused, "in_shape": (rows, main[-1]), "out_shape": (rows, columns)}
-        if len(main) > 2:
+        if stack:
+            batch = math.prod(stack)
             fields |= {"in_shape": (batch, main[-1], rows), "out_shape": (batch, columns, rows)}
-        out = (*main[:-1], columns) if len(other) > 1 else main[:-1]
+        out = (*stack, *main[-2:-1], *((columns,) if len(other) > 1 else ()))
         return "gemm", fields, out, "nchw"
 
     def _reduce(self, node: Any, attributes: dict[str, Any], main: Shape) -> tuple[str, dict[str, Any], Shape, str]:
@@ -278,7 +284,10 @@ class Reader:
                 out.append(math.ceil(size / strides[axis]))
                 continue
             padding = 0 if automatic == "VALID" else pads[axis] + pads[axis + rank]
-            out.append(max(1, rounding((size + padding - reach) / strides[axis]) + 1))
+            count = rounding((size + padding - reach) / strides[axis]) + 1
+            if attributes.get("ceil_mode") and (count - 1) * strides[axis] >= size + pads[axis]:
+                count -= 1  # a window may not start in the padding at the end
+            out.append(max(1, count))
         return tuple(out)
 
     def _padded(self, tensor: str, channels: int) -> int:
@@ -300,32 +309,35 @@ class Reader:
         return math.gcd(16, *widths) if widths else 8
 
     def _inferred(self, node: Any, main: Shape) -> Shape:
-        """Output shape of a standard operator by ONNX's inference; the main input's where that fails."""
-        if node.output[0] in self.shapes:
-            return self.shapes[node.output[0]]
-        onnx = self._onnx
+        """Output shape of an operator without a rule here, and of its further outputs.
+
+        By ONNX's inference, else what the file declares, else the main input's.
+        """
         names = [name for name in node.input if name]
-        if node.domain not in ("", "ai.onnx") or any(name not in self.shapes for name in names):
-            return main
-        helper = onnx.helper
+        if node.domain in ("", "ai.onnx") and all(name in self.shapes for name in names):
+            for name, kind in self._types(node, names).items():
+                if kind.tensor_type.HasField("shape") and all(_sizes(kind.tensor_type)):
+                    self.shapes[name] = _sizes(kind.tensor_type)
+                    self.dtypes.setdefault(name, _dtype(kind.tensor_type.elem_type))
+        for name in node.output:
+            if name not in self.shapes and name in self.declared and all(self.declared[name]):
+                self.shapes[name] = self.declared[name]
+        return self.shapes.get(node.output[0], main)
+
+    def _types(self, node: Any, names: list[str]) -> dict[str, Any]:
+        """ONNX's inference for one node; nothing where it fails, each operator in its own way."""
+        onnx = self._onnx
         types = {
-            name: helper.make_tensor_type_proto(_element(self.dtypes.get(name, "float32")), self.shapes[name])
+            name: onnx.helper.make_tensor_type_proto(_element(self.dtypes.get(name, "float32")), self.shapes[name])
             for name in names
         }
+        data = {name: self.constants[name] for name in names if name in self.constants}
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opset.get("", 17), "")
-            data = {name: self.constants[name] for name in names if name in self.constants}
-            found = onnx.shape_inference.infer_node_outputs(
-                schema, node, types, data, opset_imports=list(self.model.opset_import)
-            )
-        except Exception:  # an operator without inference: its own type of error for each way to fail
-            return main
-        for name, kind in found.items():
-            sizes = tuple(dim.dim_value for dim in kind.tensor_type.shape.dim)
-            if kind.tensor_type.HasField("shape") and all(sizes):
-                self.shapes.setdefault(name, sizes)
-                self.dtypes.setdefault(name, _dtype(kind.tensor_type.elem_type))
-        return self.shapes.get(node.output[0], main)
+            imports = list(self.model.opset_import)
+            return dict(onnx.shape_inference.infer_node_outputs(schema, node, types, data, opset_imports=imports))
+        except Exception:
+            return {}
 
     def _value(self, name: str) -> list[int]:
         """An integer constant's values, empty where the tensor is no constant."""
@@ -376,6 +388,11 @@ def _pair(values: Any, default: int) -> tuple[int, int]:
     """An attribute of one number per spatial axis as (height, width); a missing width counts as ``default``."""
     numbers = [*(int(value) for value in values or ()), default, default]
     return (numbers[0], numbers[1])
+
+
+def _sizes(kind: Any) -> Shape:
+    """Sizes of a TensorProto type; 0 for an open one."""
+    return tuple(dim.dim_value for dim in kind.shape.dim)
 
 
 def _dtype(element: int) -> str:
