@@ -23,6 +23,7 @@ from hwsearch.errors import InputError
 from hwsearch.train import checkpoint
 from hwsearch.train.data import Batch, Examples, Shuffle, in_order
 from hwsearch.train.seeds import generator, torch_seed
+from hwsearch.train.strides import strided_inputs
 from hwsearch.train.task import Evaluation, Task
 
 #: Called with (steps done, steps in all, a few words such as the loss).
@@ -162,7 +163,7 @@ def run_steps(
     total = config.total_steps(len(examples))
     shuffle = Shuffle(len(examples), config.batch_size, config.seed)
     whole = {**_identity(config), **identity, "steps": total, "data": examples.identity}
-    with settings(config):
+    with settings(config), strided_inputs(model):
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimiser = _optimiser(model, config)
