@@ -1,0 +1,413 @@
+"""The command line. One function a verb, each a few lines: parse, call, print.
+
+Results go to standard output (one JSON object under ``--json``), everything else to standard error. Exit status: 0 done,
+1 the answer is no, 2 bad input. No verb imports torch, onnxruntime or xgboost before it needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hwsearch.console import Console
+from hwsearch.errors import HwsearchError
+
+app = typer.Typer(
+    help="Finds the fastest accurate network for your device: measured milliseconds, not FLOPs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+device_app = typer.Typer(help="Devices: what there is, what they are, how noisy they are.", no_args_is_help=True)
+app.add_typer(device_app, name="device")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+DeviceName = Annotated[str, typer.Option("--device", "-d", help="A device of devices/, or the path of its TOML file.")]
+Model = Annotated[
+    str, typer.Argument(help="An ONNX file, package.module:factory, timm:name, or a folder that hwsearch wrote.")
+]
+Input = Annotated[str | None, typer.Option("--input", "-i", help="Shape of one inference, such as 1x3x224x224.")]
+
+
+def main() -> None:
+    """Entry point of the ``hwsearch`` command."""
+    try:
+        app(standalone_mode=False)
+    except HwsearchError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; the same command goes on where it was", 130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        # typer's own complaints about arguments know how to show themselves.
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            sys.exit(2)
+        raise
+    sys.exit(0)
+
+
+@device_app.command("list")
+def device_list(as_json: Json = False) -> None:
+    """List the known devices. Example: hwsearch device list"""
+    from hwsearch.device.spec import Device
+
+    devices = [Device.load(name) for name in Device.names()]
+    rows = [
+        [d.name, d.runtime, str(d.threads), d.precision, "yes" if (d.table_folder / "manifest.json").exists() else "no"]
+        for d in devices
+    ]
+    _result(
+        as_json,
+        [{**d.to_dict(), "profiled": row[-1] == "yes"} for d, row in zip(devices, rows, strict=True)],
+        lambda console: console.table("Devices", ["name", "runtime", "threads", "precision", "profiled"], rows),
+    )
+
+
+@device_app.command("show")
+def device_show(name: str, as_json: Json = False) -> None:
+    """Show a device's settings and what was found about it. Example: hwsearch device show simulated"""
+    from hwsearch.device.check import FILE, DeviceCheck
+    from hwsearch.device.spec import Device
+
+    device = Device.load(name)
+    facts = device.to_dict()
+    if (device.table_folder / FILE).exists():
+        facts["check"] = DeviceCheck.load(device.table_folder).to_dict()
+    _result(as_json, facts, lambda console: _facts(console, f"Device {device.name}", facts))
+
+
+@device_app.command("check")
+def device_check(
+    name: str,
+    seconds: Annotated[float, typer.Option(help="How long the canary is timed alone.")] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Measure a device's noise floor and reference speed; exit 1 when too noisy. Example: hwsearch device check simulated"""
+    from hwsearch.device.check import check_device
+
+    talk = Console(json=as_json)
+    check = check_device(name, seconds=seconds, message=talk.say)
+    _result(as_json, check.to_dict(), lambda console: _facts(console, f"Device {check.device}", check.to_dict()))
+    if not check.ok:
+        raise typer.Exit(1)
+
+
+@device_app.command("add")
+def device_add(
+    name: Annotated[str, typer.Argument(help="The new device's name; also the name of its table's folder.")],
+    runtime: Annotated[str, typer.Option(help="onnxruntime or simulated.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(help="Threads that one inference may use.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Write devices/NAME.toml after probing the device. Example: hwsearch device add my-box --threads 1"""
+    from hwsearch.device.session import open_session
+    from hwsearch.device.spec import Device, add_device
+
+    device = Device(name=name, runtime=runtime, threads=threads)
+    with open_session(device, message=Console(json=as_json).say) as session:
+        fingerprint = session.fingerprint
+    path = add_device(device)
+    facts = {"path": str(path), **device.to_dict(), "fingerprint": fingerprint.to_dict()}
+    _result(as_json, facts, lambda console: _facts(console, f"Added {path}", facts))
+
+
+@app.command()
+def profile(
+    device: DeviceName,
+    minutes: Annotated[float, typer.Option(help="Device time to spend in all, earlier runs counted in.")] = 5.0,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Cover this model's widths too.")] = None,
+    input: Input = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled networks.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with an earlier campaign, or start again.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Measure networks on a device into latency_tables/NAME/. Example: hwsearch profile --device simulated --minutes 0.2"""
+    from hwsearch.device.session import open_session
+    from hwsearch.device.spec import Device
+    from hwsearch.latency.profile import profile as run_profile
+    from hwsearch.pipeline import ensure_checked, templates_of
+
+    talk = Console(json=as_json)
+    target = Device.load(device)
+    with open_session(target, message=talk.say) as session:
+        ensure_checked(target, session, talk)
+    templates = templates_of(model or [], input)
+    with talk.bar("profile") as bar:
+        table = run_profile(target, minutes=minutes, templates=templates, seed=seed, resume=resume, progress=bar)
+    facts = {
+        "device": target.name,
+        "folder": str(target.table_folder),
+        "networks": len(table.networks),
+        "kernels": sum(len(network.kernels) for network in table.networks),
+        "noise_floor": table.noise_floor,
+    }
+    _result(as_json, facts, lambda console: _facts(console, f"Profiled {target.name}", facts))
+
+
+@app.command()
+def fit(device: DeviceName, as_json: Json = False) -> None:
+    """Fit the latency predictor to a device's table. Example: hwsearch fit --device simulated"""
+    from hwsearch.device.spec import Device
+    from hwsearch.latency.predictor import LatencyPredictor
+    from hwsearch.latency.table import LatencyTable
+
+    target = Device.load(device)
+    predictor = LatencyPredictor().fit(LatencyTable.load(target.table_folder))
+    predictor.save(target.table_folder / "predictor")
+    card = predictor.card_
+    _result(as_json, card.to_dict(), lambda console: console.show(card.to_markdown()))
+
+
+@app.command()
+def estimate(model: Model, device: DeviceName, input: Input = None, as_json: Json = False) -> None:
+    """Predict a model's milliseconds from its kernels.
+
+    Example: hwsearch estimate hwsearch.models.resnet:resnet_small --device simulated --input 1x1x28x28
+    """
+    from hwsearch.device.session import open_session
+    from hwsearch.device.spec import Device
+
+    target = Device.load(device)
+    predictor = _predictor(target)
+    onnx = _argument(model, input).to_onnx()
+    with open_session(target, message=Console(json=as_json).say) as session:
+        predictor.check_fingerprint(session.fingerprint)
+        kernels = session.lower([onnx], [model])[0]
+    found = predictor.network(kernels)
+    rows = [
+        [k.node or k.op, k.family, f"{ms:.4g}", f"{100 * ms / sum(found.kernel_ms):.1f}"]
+        for k, ms in zip(kernels, found.kernel_ms, strict=True)
+    ]
+    facts = {
+        "model": model,
+        "device": target.name,
+        "predicted_ms": found.ms,
+        "low_ms": found.low_ms,
+        "high_ms": found.high_ms,
+        "coverage": found.coverage,
+        "unknown": list(found.unknown),
+        "kernels": [{"node": r[0], "family": r[1], "ms": m} for r, m in zip(rows, found.kernel_ms, strict=True)],
+    }
+
+    def show(console: Console) -> None:
+        console.table(f"{model} on {target.name}", ["kernel", "family", "ms", "% of all"], rows)
+        console.show(
+            f"predicted {found.ms:.4g} ms (90 % interval {found.low_ms:.4g} to {found.high_ms:.4g}), "
+            f"coverage {100 * found.coverage:.1f} %"
+        )
+
+    _result(as_json, facts, show)
+
+
+@app.command()
+def measure(model: Model, device: DeviceName, input: Input = None, as_json: Json = False) -> None:
+    """Measure a model's milliseconds on a device.
+
+    Example: hwsearch measure hwsearch.models.resnet:resnet_small --device simulated --input 1x1x28x28
+    """
+    from hwsearch.device.session import open_session
+    from hwsearch.device.spec import Device
+    from hwsearch.latency.measure import measure as run_measure
+    from hwsearch.pipeline import ensure_checked
+
+    talk = Console(json=as_json)
+    target = Device.load(device)
+    onnx = _argument(model, input).to_onnx()
+    with open_session(target, message=talk.say) as session:
+        found = run_measure(onnx, session, reference_ms=ensure_checked(target, session, talk))
+    facts = {"model": model, "device": target.name, **asdict(found)}
+    _result(as_json, facts, lambda console: _facts(console, f"{model} on {target.name}", facts))
+
+
+@app.command()
+def search(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: Json = False) -> None:
+    """Search only: profile and fit where needed, then search. Example: hwsearch search examples/simulated.toml"""
+    from hwsearch import pipeline
+    from hwsearch.config import RunConfig
+
+    settings = RunConfig.load(config)
+    with pipeline.prepare(settings, Console(json=as_json)) as ready:
+        result = pipeline.search(ready)
+    rows = [[name, str(width)] for name, width in zip(result.groups, result.choice.widths, strict=True)]
+
+    def show(console: Console) -> None:
+        console.table("Found widths", ["group", "width"], rows)
+        measured = "not measured" if result.measured_ms is None else f"measured {result.measured_ms:.4g} ms"
+        console.show(f"predicted {result.predicted_ms:.4g} ms, {measured}, budget {result.budget_ms:.4g} ms")
+
+    _result(as_json, {"folder": str(settings.run_folder), **result.to_dict()}, show)
+
+
+@app.command()
+def fold(
+    model: Model,
+    input: Input = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the folded network as ONNX.")] = None,
+    prove_it: Annotated[bool, typer.Option("--verify", help="Prove the fold on random statistics.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fold batch normalisation. Example: hwsearch fold hwsearch.models.resnet:resnet_small --input 1x1x28x28 --verify"""
+    from hwsearch import pipeline
+
+    facts = pipeline.fold_model(_argument(model, input), output, prove_it=prove_it)
+    _result(as_json, facts, lambda console: _facts(console, f"Folded {model}", facts))
+
+
+@app.command()
+def deploy(
+    model: Model,
+    device: DeviceName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
+    input: Input = None,
+    budget_ms: Annotated[float | None, typer.Option(help="Milliseconds that the network must keep.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a bundle that proves itself on the device.
+
+    Example: hwsearch deploy hwsearch.models.resnet:resnet_small --device simulated --input 1x1x28x28 --output bundle
+    """
+    from hwsearch.deploy.bundle import deploy as write_bundle
+    from hwsearch.device.spec import Device
+    from hwsearch.search.budget import checked_ms
+
+    if budget_ms is not None:
+        checked_ms(budget_ms, "--budget-ms")
+    argument = _argument(model, input)
+    bundle = write_bundle(
+        argument.need_module(), argument.example_input, Device.load(device), output, budget_ms=budget_ms
+    )
+    facts = {"bundle": str(output), "name": bundle.name}
+    _result(as_json, facts, lambda console: console.show(f"bundle written to {output}"))
+
+
+@app.command()
+def verify(bundle: Path, device: DeviceName, as_json: Json = False) -> None:
+    """Check a bundle's numerics and milliseconds on a device; exit 1 when broken.
+
+    Example: hwsearch verify runs/simulated/bundle --device simulated
+    """
+    from hwsearch.deploy.verify import verify as run_verify
+    from hwsearch.device.session import open_session
+    from hwsearch.device.spec import Device
+    from hwsearch.pipeline import ensure_checked
+
+    talk = Console(json=as_json)
+    target = Device.load(device)
+    with open_session(target, message=talk.say) as session:
+        ensure_checked(target, session, talk)
+        verdict = run_verify(bundle, target, session=session)
+    _result(
+        as_json, verdict.to_dict(), lambda console: _facts(console, f"Verdict: {verdict.status}", verdict.to_dict())
+    )
+    if verdict.exit_code:
+        raise typer.Exit(verdict.exit_code)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder, a bundle or a device's table folder.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML file. Example: hwsearch report runs/simulated --output report.html"""
+    from hwsearch.report import report as write_report
+
+    path = write_report(folder, output)
+    _result(as_json, {"report": str(path)}, lambda console: console.show(f"report written to {path}"))
+
+
+@app.command()
+def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: Json = False) -> None:
+    """The whole path: profile, fit, search, train, deploy, verify, report. Example: hwsearch run examples/simulated.toml"""
+    from hwsearch import pipeline
+    from hwsearch.config import RunConfig
+
+    outcome = pipeline.run(RunConfig.load(config), Console(json=as_json))
+    columns, rows = pipeline.comparison_table(outcome)
+
+    def show(console: Console) -> None:
+        console.table(f"{outcome.folder}", columns, rows)
+        console.show(outcome.verdict.summary())
+        console.show(f"report: {outcome.report}")
+
+    facts = {
+        "folder": str(outcome.folder),
+        "report": str(outcome.report),
+        "rows": [asdict(row) for row in outcome.rows],
+        "verdict": outcome.verdict.to_dict(),
+    }
+    _result(as_json, facts, show)
+    if outcome.verdict.exit_code:
+        raise typer.Exit(outcome.verdict.exit_code)
+
+
+def _argument(model: str, shape: str | None) -> Any:
+    from hwsearch.model_argument import load_model_argument, parse_shape
+
+    return load_model_argument(model, parse_shape(shape) if shape else None)
+
+
+def _predictor(device: Any) -> Any:
+    from hwsearch.errors import InputError
+    from hwsearch.latency.predictor import LatencyPredictor
+
+    folder = device.table_folder / "predictor"
+    if not folder.is_dir():
+        raise InputError(
+            f"{device.name} has no predictor: run hwsearch profile --device {device.name}, then "
+            f"hwsearch fit --device {device.name}"
+        )
+    return LatencyPredictor.load(folder)
+
+
+def _facts(console: Console, title: str, facts: dict[str, Any], *, indent: str = "") -> None:
+    """Plain values, one a line; nested ones below their name."""
+    if not indent:
+        console.show(title)
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            console.show(f"{indent}  {name}:")
+            _facts(console, "", value, indent=indent + "  ")
+        elif isinstance(value, (list, tuple)) and len(value) > 4:
+            console.show(f"{indent}  {name}: {len(value)} entries")
+        else:
+            console.show(f"{indent}  {name}: {f'{value:.5g}' if isinstance(value, float) else value}")
+
+
+def _result(as_json: bool, facts: Any, show: Callable[[Console], None]) -> None:
+    """The result of a verb: one JSON object, or what ``show`` prints."""
+    if as_json:
+        plain = {"items": facts} if isinstance(facts, list) else facts
+        sys.stdout.write(json.dumps(plain, default=_plain, sort_keys=True, allow_nan=False) + "\n")
+    else:
+        show(Console())
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    item = getattr(value, "item", None)
+    return item() if callable(item) else str(value)
+
+
+def _fail(message: str, code: int) -> None:
+    """One line on standard error, whatever the message was made of."""
+    sys.stderr.write("hwsearch: error: " + " ".join(message.split()) + "\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
