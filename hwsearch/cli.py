@@ -1,7 +1,7 @@
 """The command line. One function a verb, each a few lines: parse, call, print.
 
-Results go to standard output (one JSON object under ``--json``), everything else to standard error. Exit status: 0 done,
-1 the answer is no, 2 bad input. No verb imports torch, onnxruntime or xgboost before it needs them.
+Results go to standard output (one JSON object under ``--json``), everything else to standard error. Exit status:
+0 done, 1 the answer is no, 2 bad input. No verb imports torch, onnxruntime or xgboost before it needs them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def device_check(
     seconds: Annotated[float, typer.Option(help="How long the canary is timed alone.")] = 5.0,
     as_json: Json = False,
 ) -> None:
-    """Measure a device's noise floor and reference speed; exit 1 when too noisy. Example: hwsearch device check simulated"""
+    """Measure noise floor and reference speed; exit 1 when too noisy. Example: hwsearch device check simulated"""
     from hwsearch.device.check import check_device
 
     talk = Console(json=as_json)
@@ -132,7 +132,7 @@ def profile(
     resume: Annotated[bool, typer.Option(help="Go on with an earlier campaign, or start again.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Measure networks on a device into latency_tables/NAME/. Example: hwsearch profile --device simulated --minutes 0.2"""
+    """Measure networks into latency_tables/NAME/. Example: hwsearch profile --device simulated --minutes 0.2"""
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
     from hwsearch.latency.profile import profile as run_profile
@@ -257,7 +257,10 @@ def fold(
     prove_it: Annotated[bool, typer.Option("--verify", help="Prove the fold on random statistics.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fold batch normalisation. Example: hwsearch fold hwsearch.models.resnet:resnet_small --input 1x1x28x28 --verify"""
+    """Fold batch normalisation.
+
+    Example: hwsearch fold hwsearch.models.resnet:resnet_small --input 1x1x28x28 --verify
+    """
     from hwsearch import pipeline
 
     facts = pipeline.fold_model(_argument(model, input), output, prove_it=prove_it)
@@ -329,7 +332,7 @@ def report(
 
 @app.command()
 def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: Json = False) -> None:
-    """The whole path: profile, fit, search, train, deploy, verify, report. Example: hwsearch run examples/simulated.toml"""
+    """The whole path, from profile to report. Example: hwsearch run examples/simulated.toml"""
     from hwsearch import pipeline
     from hwsearch.config import RunConfig
 

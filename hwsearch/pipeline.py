@@ -1,4 +1,4 @@
-"""The main path as one resumable job: device, table, predictor, space, budget, search, comparison, bundle, verdict, report.
+"""The main path as one resumable job: device, table, predictor, space, budget, search, comparison, bundle, report.
 
 ``run`` is what `hwsearch run` calls; ``prepare`` is its first half, which `hwsearch search` shares. Every stage keeps
 what it finished in the run folder or beside the device's table, so the same command after a kill goes on where it was.
