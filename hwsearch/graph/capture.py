@@ -138,7 +138,7 @@ def try_forward(model: nn.Module, example_input: Tensor) -> Any:
     except Exception as error:
         raise UnsupportedModelError(
             f"the forward of {type(model).__name__} fails on an input of shape {tuple(example_input.shape)}: "
-            f"{first_line(error)}; give the input shape that the model expects"
+            f"{type(error).__name__}: {first_line(error)}; give the input shape that the model expects"
         ) from error
 
 
@@ -165,12 +165,12 @@ def node_shape(node: object) -> tuple[int, ...] | None:
 
 
 def source_line(node: fx.Node) -> str:
-    """Where the user's code made this node, as ``file.py:12``, or the module path, or the node's name."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    if frames:
-        path, line = frames[-1]
-        return f"{path.rpartition('/')[2]}:{line}"
-    return module_path(node) or node.name
+    """Where the user's code made this node: the module's path and ``file.py:12`` as far as they are known."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', (getattr(node, "meta", {}).get("stack_trace")) or "")
+    # The innermost frame is often PyTorch's own layer; the caller's line is the one that helps.
+    own = [(path, line) for path, line in frames if "/torch/" not in path.replace("\\", "/")]
+    place = f"{own[-1][0].replace(chr(92), '/').rpartition('/')[2]}:{own[-1][1]}" if own else ""
+    return " in ".join(part for part in (module_path(node), place) if part) or node.name
 
 
 def module_path(node: fx.Node) -> str:
@@ -229,7 +229,7 @@ def _layer(network: Network, node: fx.Node) -> Layer | None:
     if op in _MAC_OPS:
         weight_node = node.args[_MAC_OPS[op][0]]
         weight_shape = node_shape(weight_node) or ()
-        weight = network.tensor_name(weight_node) or (weight if op.startswith(("conv", "linear")) else None)
+        weight = _weight_name(network, weight_node)
         if op.startswith("conv"):
             kernel = weight_shape[2:]
             groups, stride = _conv_settings(node, len(kernel))
@@ -242,6 +242,20 @@ def _layer(network: Network, node: fx.Node) -> Layer | None:
             macs = math.prod(out_shape) * inner
     name = module_path(node) or (weight.rpartition(".")[0] if weight else "") or node.name
     return Layer(name, op, weight, in_shape, out_shape, kernel, stride, groups, macs, parameters)
+
+
+def _weight_name(network: Network, node: Any) -> str | None:
+    """The parameter that a weight operand is, or is computed from without a change of shape; None for an activation."""
+    seen, queue = set(), [node]
+    while queue:
+        found = queue.pop(0)
+        name = network.tensor_name(found)
+        if name is not None and network.shapes[name] == node_shape(node):
+            return name
+        if found not in seen:
+            seen.add(found)
+            queue += found.all_input_nodes
+    return None
 
 
 def _conv_settings(node: fx.Node, dimensions: int) -> tuple[int, tuple[int, ...]]:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hwsearch.graph.capture import Network, node_shape, op_name, source_line
+from hwsearch.graph.capture import Network, node_shape, op_name
 from hwsearch.graph.ids import Classes, Ids, IntArray, Value, along
-from hwsearch.graph.rules import KERNEL_EXTENT, RULES, Context
+from hwsearch.graph.rules import KERNEL_EXTENT, RULES, Context, values_in
 
 if TYPE_CHECKING:
     from torch import fx
@@ -85,7 +85,7 @@ def extract(network: Network) -> Dependencies:
         if node.op == "placeholder":
             environment[node] = _placeholder(network, node, ids, slot_ids)
         elif node.op == "output":
-            for value in _values(node.args, environment):
+            for value in values_in(node.args, environment):
                 for factor in value.factors:
                     ids.freeze(factor, "it is the network's output")
         else:
@@ -132,41 +132,8 @@ def _apply(node: fx.Node, environment: dict[Any, Any], context: Context) -> Any:
     if node.op == "get_attr":
         shape = node_shape(node)
         return None if shape is None else Value(shape)
-    inputs = list(_values((node.args, node.kwargs), environment))
-    name = op_name(node)
-    rule = RULES.get(name)
-    if rule is not None:
-        return rule(node, environment, context)
-    if not any(value.factors for value in inputs) and "val" in node.meta:
-        return _plain(node)
-    where = f"{name} at {source_line(node)}"
-    if any(value.factors for value in inputs):
-        context.unknown.append(where)
-        for value in inputs:
-            for factor in value.factors:
-                context.ids.freeze(factor, f"no rule for {where}")
-    return _plain(node)
-
-
-def _plain(node: fx.Node) -> Any:
-    """A value without ids, shaped as the node's result (a tuple of them for several results)."""
-    value = node.meta.get("val")
-    if isinstance(value, list | tuple):
-        return tuple(Value(tuple(int(s) for s in v.shape)) if hasattr(v, "shape") else None for v in value)
-    shape = node_shape(node)
-    return None if shape is None else Value(shape)
-
-
-def _values(tree: Any, environment: dict[Any, Any]) -> list[Value]:
-    """All values that a nested argument structure mentions."""
-    if isinstance(tree, list | tuple):
-        return [value for item in tree for value in _values(item, environment)]
-    if isinstance(tree, dict):
-        return [value for item in tree.values() for value in _values(item, environment)]
-    found = environment.get(tree) if hasattr(tree, "op") else None
-    if isinstance(found, tuple):
-        return [value for value in found if isinstance(value, Value)]
-    return [found] if isinstance(found, Value) else []
+    found = RULES.get(op_name(node))
+    return context.give_up(node, environment) if found is None else found(node, environment, context)
 
 
 def _bundle(axes: tuple[AxisClasses, ...], classes: Classes, unused: set[str]) -> tuple[Unit, ...]:

@@ -31,6 +31,37 @@ class Context:
     unknown: list[str] = field(default_factory=list)
     read: list[IntArray] = field(default_factory=list)
 
+    def give_up(self, node: Any, environment: dict[Any, Any]) -> Any:
+        """Freeze what meets an operation without a rule, report it, and go on with a value without ids."""
+        where = f"{op_name(node)} at {source_line(node)}"
+        factors = [factor for value in values_in((node.args, node.kwargs), environment) for factor in value.factors]
+        if factors:
+            self.unknown.append(where)
+        for factor in factors:
+            self.ids.freeze(factor, f"no rule for {where}")
+        return plain_value(node)
+
+
+def values_in(tree: Any, environment: dict[Any, Any]) -> list[Value]:
+    """All values that a nested argument structure mentions."""
+    if isinstance(tree, list | tuple):
+        return [value for item in tree for value in values_in(item, environment)]
+    if isinstance(tree, dict):
+        return values_in(list(tree.values()), environment)
+    found = environment.get(tree) if hasattr(tree, "op") else tree
+    if isinstance(found, tuple):
+        return [value for value in found if isinstance(value, Value)]
+    return [found] if isinstance(found, Value) else []
+
+
+def plain_value(node: Any, factors: tuple[IntArray, ...] = ()) -> Any:
+    """A value with the given ids, shaped as the node's result (a tuple of them where it has several)."""
+    result = node.meta.get("val")
+    if isinstance(result, list | tuple):
+        return tuple(Value(tuple(int(s) for s in v.shape), factors) if hasattr(v, "shape") else None for v in result)
+    shape = node_shape(node)
+    return None if shape is None else Value(shape, factors)
+
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for ATen operations (their in-place forms included)."""
@@ -174,13 +205,40 @@ def _linear(node: Any, environment: dict[Any, Any], context: Context) -> Value:
     arguments, shape = argument_values(node, environment), node_shape(node) or ()
     x, weight, bias = arguments["input"], arguments["weight"], arguments.get("bias")
     ids, where = context.ids, source_line(node)
-    fixed = f"the linear layer at {where} reads features that are fixed"
-    last = len(x.shape) - 1
     outputs, inputs = axis_ids(weight, 0, ids), axis_ids(weight, 1, ids)
+    return _product(x, inputs, outputs, bias, shape, context, f"the linear layer at {where}")
+
+
+@rule("matmul", "mm", "addmm")
+def _matmul(node: Any, environment: dict[Any, Any], context: Context) -> Any:
+    """A product with a matrix of parameters on the right is a linear layer; products of activations are not known."""
+    arguments, shape = argument_values(node, environment), node_shape(node) or ()
+    x = next(arguments[name] for name in ("mat1", "self") if name in arguments)
+    weight = next(arguments[name] for name in ("mat2", "other") if name in arguments)
+    bias = arguments["self"] if "mat1" in arguments else None
+    if len(weight.shape) != 2 or len(weight.factors) != sum(size > 1 for size in weight.shape):
+        return context.give_up(node, environment)
+    inputs, outputs = axis_ids(weight, 0, context.ids), axis_ids(weight, 1, context.ids)
+    return _product(x, inputs, outputs, bias, shape, context, f"the product at {source_line(node)}")
+
+
+def _product(
+    x: Value,
+    inputs: IntArray | None,
+    outputs: IntArray | None,
+    bias: Value | None,
+    shape: tuple[int, ...],
+    context: Context,
+    where: str,
+) -> Value:
+    """``x`` times a matrix over its last axis: that axis is read, the others are only positions."""
+    ids, last, fixed = context.ids, len(x.shape) - 1, f"{where} reads features that are fixed"
+    # Positions that came and went with a width would change how often the matrix is used: MACs would not be a product.
+    keep_only(x, {last}, ids, f"{where} is applied along it")
     join_or_freeze(axis_ids(x, last, ids), inputs, ids, fixed)
     _mark_read(inputs, context)
     if bias is not None:
-        join_or_freeze(axis_ids(bias, 0, ids), outputs, ids, fixed)
+        join_or_freeze(axis_ids(bias, len(bias.shape) - 1, ids), outputs, ids, fixed)
     others = [factor for factor in x.factors if factor.shape[last] == 1]
     return with_axis(others, outputs, len(shape) - 1, shape)
 
@@ -194,7 +252,7 @@ def _channel_norm(node: Any, environment: dict[Any, Any], context: Context) -> A
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(arguments.get(name), Value):
             join_or_freeze(axis_ids(arguments[name], 0, ids), x_ids, ids, "it normalises channels that are fixed")
-    return Value(x.shape, tuple(keep_only(x, set(range(len(x.shape))), ids, "")))
+    return Value(x.shape, x.factors)
 
 
 @rule("group_norm")
@@ -252,7 +310,8 @@ def _embedding(node: Any, environment: dict[Any, Any], context: Context) -> Valu
 @rule(
     "add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "where", "fmod", "remainder", "atan2", "lerp",
     "addcmul", "addcdiv", "logaddexp", "eq", "ne", "gt", "ge", "lt", "le", "logical_and", "logical_or", "bitwise_and",
-    "copysign", "heaviside", "hypot", "xlogy", "true_divide", "floor_divide", "subtract", "multiply", "divide",
+    "masked_fill", "copysign", "heaviside", "hypot", "xlogy", "true_divide", "floor_divide", "subtract", "multiply",
+    "divide",
 )  # fmt: skip
 def _elementwise(node: Any, environment: dict[Any, Any], context: Context) -> Value:
     """Align the operands from the right, as broadcasting does, and join what meets."""
@@ -304,7 +363,7 @@ def join_values(values: list[Value], shape: tuple[int, ...], ids: Ids, reason: s
     "clip", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "identity",
     "alias", "clone", "contiguous", "detach", "lift_fresh", "lift_fresh_copy", "to", "_to_copy", "type_as", "float",
     "half", "double", "logical_not", "isnan", "isinf", "nan_to_num", "zeros_like", "ones_like", "positive", "frac",
-    "requires_grad", "masked_fill",
+    "requires_grad", "full_like",
 )  # fmt: skip
 def _unary(node: Any, environment: dict[Any, Any], context: Context) -> Any:
     value = next((v for v in argument_values(node, environment).values() if isinstance(v, Value)), None)
@@ -325,10 +384,7 @@ def _spatial(node: Any, environment: dict[Any, Any], context: Context) -> Any:
     spatial = int(next(digit for digit in op_name(node) if digit.isdigit())) if op_name(node) != "grid_sampler" else 2
     leading = set(range(len(x.shape) - spatial))
     kept = tuple(keep_only(x, leading, context.ids, f"pooled or resized at {source_line(node)}"))
-    results = node.meta.get("val")
-    if isinstance(results, list | tuple):
-        return tuple(Value(tuple(result.shape), kept) for result in results)
-    return Value(node_shape(node) or (), kept)
+    return plain_value(node, kept)
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "max", "min",
@@ -354,10 +410,7 @@ def _reduce(node: Any, environment: dict[Any, Any], context: Context) -> Any:
         if inside:
             ids.join(factor, factor[index])
         kept.append(factor[index] if arguments.get("keepdim") else factor[index].squeeze(tuple(axes)))
-    results = node.meta.get("val")
-    if isinstance(results, list | tuple):
-        return tuple(Value(tuple(result.shape), tuple(kept)) for result in results)
-    return Value(node_shape(node) or (), tuple(kept))
+    return plain_value(node, tuple(kept))
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "flip", "glu")
@@ -370,10 +423,7 @@ def _along_axis(node: Any, environment: dict[Any, Any], context: Context) -> Any
     axes = {axis % rank for axis in ([dims] if isinstance(dims, int) else dims)}
     reason = f"{op_name(node)} along it at {source_line(node)}"
     kept = tuple(keep_only(x, set(range(rank)) - axes, context.ids, reason))
-    results = node.meta.get("val")
-    if isinstance(results, list | tuple):
-        return tuple(Value(tuple(result.shape), kept) for result in results)
-    return Value(node_shape(node) or (), kept)
+    return plain_value(node, kept)
 
 
 def _freeze_kernel(weight: Value, ids: Ids) -> None:

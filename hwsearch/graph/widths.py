@@ -141,6 +141,8 @@ class WidthSpace:
         for unit in found.units:
             group = _group(network, unit, reads, quantum, minimum)
             if group.units < 2:
+                for slot in group.slots:
+                    reasons[f"{slot.parameter} axis {slot.axis}"] = "all its channels are tied into a single unit"
                 continue
             while group.name in names:  # one convolution can feed two groups, each with a part of its channels
                 stem, _, number = group.name.partition("#")
@@ -153,7 +155,7 @@ class WidthSpace:
 
             space = freeze_failing(model, space)
         if not space.groups:
-            why = next(iter(space.frozen_reasons.values()), "it has no parameters with channels")
+            why = next(reversed(space.frozen_reasons.values()), "it has no channels")  # type: ignore[call-overload]
             raise InputError(f"no width of {type(model).__name__} can change: {why}")
         return space
 
