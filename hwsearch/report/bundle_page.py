@@ -1,0 +1,65 @@
+"""The report of a bundle: what it promises, what it holds, and whether it was verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hwsearch.deploy.reader import read_bundle
+from hwsearch.deploy.verdict import Verdict
+from hwsearch.errors import SchemaError
+from hwsearch.report.page import Page, absent, definitions, panel, percent, table, text
+from hwsearch.report.run_data import Row, RunData
+from hwsearch.report.run_page import cards, hero
+
+
+def bundle_page(folder: Path) -> Page:
+    """The page of a bundle; it is read as strictly as ``verify`` reads it.
+
+    Raises: InputError, SchemaError: something in the bundle is not what its manifest says.
+    """
+    bundle = read_bundle(folder)
+    verdict, problem = None, "The bundle has not been verified: run hwsearch verify on it."
+    if (folder / "verdict.json").exists():
+        try:
+            verdict = Verdict.load(folder / "verdict.json")
+        except SchemaError as error:
+            problem = str(error)
+    row = Row(
+        bundle.name, bundle.predicted_ms, measured_ms=bundle.measured_ms, budget_ms=bundle.budget_ms,
+        macs=bundle.macs, parameters=bundle.parameters,
+    )  # fmt: skip
+    run = RunData(
+        folder=folder, name=bundle.name, method="", device=bundle.device, model="", metric_name="accuracy",
+        budget_ms=bundle.budget_ms, rows=(row,), candidates=(), curves=(), verdict=verdict, manifest={}, settings={},
+        result={}, seconds=(), problems=(),
+    )  # fmt: skip
+    page = Page(f"{bundle.name} · hwsearch", [f"bundle {bundle.name}", bundle.device])
+    page.add(hero(run))
+    page.add(cards(run))
+    page.add(_check(verdict, problem))
+    shape = " × ".join(map(str, bundle.input_shape))
+    pairs: list[tuple[str, object]] = [("folder", folder), ("device", bundle.device), ("input", shape)]
+    pairs += [("output", " × ".join(map(str, bundle.cases[0].output.shape))), ("golden cases", len(bundle.cases))]
+    pairs += [("MACs", f"{bundle.macs:,}")] if bundle.macs is not None else []
+    pairs += [("parameters", f"{bundle.parameters:,}")] if bundle.parameters is not None else []
+    pairs += [("noise floor", percent(bundle.noise_floor))] if bundle.noise_floor is not None else []
+    pairs += [(str(k).replace("_", " "), v) for k, v in (bundle.fingerprint or {}).items()]
+    page.add(panel("Contents", "", definitions(pairs)))
+    rows = [[text(name), f"<code>{text(digest)}</code>"] for name, digest in sorted(bundle.sha256.items())]
+    page.add(panel("Files", "Every file was read and has the SHA-256 below.", table(["file", "SHA-256"], rows)))
+    return page
+
+
+def _check(verdict: Verdict | None, problem: str) -> str:
+    title = "Does it compute the same?"
+    if verdict is None:
+        return panel(title, "", absent(problem))
+    numbers = verdict.numerics
+    pairs: list[tuple[str, object]] = [
+        ("golden cases", numbers.cases),
+        ("largest error", f"{numbers.max_abs_error:.3g}, {numbers.allowed:.3g} is allowed"),
+        ("relative to the largest output", f"{numbers.max_relative_error:.2e}"),
+        ("timing rounds", verdict.rounds if verdict.rounds is not None else "–"),
+        ("spread", percent(verdict.spread)),
+    ]
+    return panel(title, "The runtime's outputs against those of the unfolded network in PyTorch.", definitions(pairs))

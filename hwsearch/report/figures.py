@@ -1,0 +1,256 @@
+"""Figures as plain dictionaries in plotly's format: pure functions of what was read.
+
+Each returns {data, layout, narrow, height, narrow_height}; ``narrow`` patches the layout on a small screen. Names from
+files are escaped here (``label``), because plotly reads its labels as a kind of HTML.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hwsearch.report.page import ms as as_ms
+from hwsearch.report.run_data import CandidatePoint, Curve, KernelTime, Row
+from hwsearch.report.style import FAMILY_COLOURS, FOUND, FULL, GRID, INK, MUTED, UNIFORM
+
+Figure = dict[str, Any]
+Trace = dict[str, Any]
+
+_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
+_LINES = (FOUND, UNIFORM, "#0f8f7b", "#7a55c7", "#cc4b74", "#7b8f2a", "#24407a", FULL)
+_OTHERS = _LINES[2:7]
+_MOST_POINTS = 4000
+_NAMES_DOWN = {"autorange": "reversed", "showgrid": False}
+
+
+def label(value: object, most: int = 40) -> str:
+    """A name as plotly text: escaped; of a long one the end, which is what tells layers apart."""
+    plain = str(value)
+    return html.escape(plain if len(plain) <= most else f"…{plain[1 - most :]}", quote=False)
+
+
+def colour_of(row: str) -> str:
+    """The colour of a network of the comparison by its name, "" for any other."""
+    known = {"found": FOUND, "winner": FOUND, "uniform": UNIFORM, "full": FULL}
+    return next((colour for word, colour in known.items() if word in row.lower()), "")
+
+
+# --- the house style ---
+
+
+def _figure(
+    data: list[Trace],
+    x: Mapping[str, Any],
+    y: Mapping[str, Any],
+    height: int,
+    *,
+    narrow_height: int = 0,
+    narrow: Mapping[str, Any] | None = None,
+    **layout: Any,
+) -> Figure:
+    """No box, a thin grid, the legend above; ``x`` and ``y`` are axes with a plain ``title``."""
+    base: dict[str, Any] = {
+        "font": {"family": _FONT, "size": 13, "color": INK},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 8, "r": 12, "t": 34, "b": 8},
+        "hoverlabel": {
+            "bgcolor": "#fff",
+            "bordercolor": "#c9cfd9",
+            "font": {"family": _FONT, "size": 13, "color": INK},
+        },
+        "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom", "font": {"size": 13}},
+        "showlegend": True,
+        "xaxis": _axis(x),
+        "yaxis": _axis(y),
+        **layout,
+    }
+    heights = {"height": height, "narrow_height": narrow_height or height}
+    return {"data": data, "layout": base, "narrow": dict(narrow or {}), **heights}
+
+
+def _axis(given: Mapping[str, Any]) -> dict[str, Any]:
+    axis = {"gridcolor": GRID, "zeroline": False, "automargin": True, "tickfont": {"color": MUTED, "size": 12}}
+    axis |= {"ticks": "outside", "ticklen": 5, "tickcolor": "rgba(0,0,0,0)"}  # room between labels and bars
+    title = {"text": given.get("title", ""), "font": {"size": 13, "color": MUTED}, "standoff": 10}
+    return {**axis, **given, "title": title}
+
+
+def _points(name: str, x: list[float], y: list[float], colour: str, hover: str, **marker: Any) -> Trace:
+    style = {"color": colour, "size": 7, "line": {"width": 0.5, "color": "#fff"}, **marker}
+    return {"type": "scatter", "mode": "markers", "name": name, "x": x, "y": y, "marker": style, "hovertemplate": hover}
+
+
+def _line(name: str, x: list[float], y: list[float], colour: str, *, shape: str = "linear", hover: str = "") -> Trace:
+    style = {"color": colour, "width": 2 if hover else 1.5, "shape": shape}
+    tell = {"hovertemplate": hover} if hover else {"hoverinfo": "skip"}
+    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": style, **tell}
+
+
+def _bars(name: str, places: list[Any], lengths: list[Any], colour: Any, hover: str, **other: Any) -> Trace:
+    """Horizontal bars."""
+    tell = {"hovertemplate": hover} if hover else {"hoverinfo": "skip"}
+    bars = {"type": "bar", "orientation": "h", "name": name, "y": places, "x": lengths, "marker": {"color": colour}}
+    return {**bars, **tell, **other}
+
+
+def _mark(place: float, words: str, *, top: bool) -> dict[str, Any]:
+    """A dashed line across the figure at ``x = place``, with words beside it."""
+    line = {"color": INK, "width": 1.5, "dash": "dash"}
+    shape = {"type": "line", "x0": place, "x1": place, "yref": "paper", "y0": 0, "y1": 1, "line": line}
+    where = {"x": place, "y": 1 if top else 0, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+    where |= {"xanchor": "left" if top else "right", "xshift": -4}
+    return {"shapes": [shape], "annotations": [{**where, "text": words, "font": {"size": 12, "color": INK}}]}
+
+
+# --- a run ---
+
+
+def candidates(
+    points: Sequence[CandidatePoint], found: Row | None, budget_ms: float | None, score: float | None
+) -> Figure:
+    """Every scored choice: predicted milliseconds against the search's own score, with the best score at each time."""
+    shown = points[:: max(1, math.ceil(len(points) / _MOST_POINTS))]
+    limit = budget_ms if budget_ms is not None else math.inf
+    within, above = [p for p in shown if p.ms <= limit], [p for p in shown if p.ms > limit]
+    hover = "%{x:.4g} ms, score %{y:.4g}<extra></extra>"
+    data = [
+        _points(name, [p.ms for p in group], [p.score for p in group], colour, hover)
+        for name, colour, group in (("within the budget", "#86b4e6", within), ("above the budget", "#cdd3dc", above))
+        if group
+    ]
+    front: list[CandidatePoint] = []
+    for point in sorted(points, key=lambda p: (p.ms, p.score)):
+        if not front or point.score < front[-1].score:
+            front.append(point)
+    data.append(_line("best at each time", [p.ms for p in front], [p.score for p in front], INK, shape="hv"))
+    if found is not None and found.predicted_ms is not None and score is not None:
+        star = {"size": 15, "symbol": "star", "line": {"width": 1.5, "color": "#fff"}}
+        data.append(_points("found", [found.predicted_ms], [score], FOUND, "found: " + hover, **star))
+    mark = {} if budget_ms is None else _mark(budget_ms, f"budget {as_ms(budget_ms)} ms", top=False)
+    y = {"title": "search score (lower is better)"}
+    return _figure(data, {"title": "predicted ms"}, y, 420, narrow_height=360, **mark)
+
+
+def widths(found: Row, full: Row | None) -> Figure:
+    """Units left in each width group, in front of the full network's."""
+    names = list(found.widths)
+    whole = full.widths if full else {}
+    places = list(range(len(names)))
+    words = [f"{found.widths[n]:g} / {whole[n]:g}" if n in whole else f"{found.widths[n]:g}" for n in names]
+    data = [_bars("full", places, [whole.get(n) for n in names], "#dde2ea", "", width=0.72)] if whole else []
+    tell = {"customdata": [[label(n, 120), w] for n, w in zip(names, words, strict=True)]}
+    hover = "%{customdata[0]}: %{customdata[1]}<extra></extra>"
+    thick = 0.4 if whole else 0.72
+    data.append(_bars("found", places, [found.widths[n] for n in names], FOUND, hover, width=thick, **tell))
+    style = {"xanchor": "left", "xshift": 6, "showarrow": False, "font": {"size": 12, "color": MUTED}}
+    notes = [
+        {"x": max(found.widths[n], whole.get(n, 0)), "y": at, "text": words[at], **style} for at, n in enumerate(names)
+    ]
+    most = max((*found.widths.values(), *whole.values()), default=1.0)
+    x = {"title": "units", "range": [0, most * 1.22]}
+    y = {"tickvals": places, "ticktext": [label(n, 28) for n in names], **_NAMES_DOWN}
+    narrow = {"yaxis": {"ticktext": [label(n, 16) for n in names]}, "xaxis": {"range": [0, most * 1.5]}}
+    height = max(70 + 26 * len(names), 160)
+    return _figure(data, x, y, height, narrow=narrow, barmode="overlay", annotations=notes)
+
+
+def families(rows: Sequence[Row], title: str = "predicted ms") -> Figure:
+    """Milliseconds by kernel family, one bar for each network that has kernels."""
+    totals = [_by_family(row.kernels) for row in rows]
+    names = sorted({name for total in totals for name in total}, key=lambda n: -max(t.get(n, 0.0) for t in totals))
+    data = []
+    for at, (row, total) in enumerate(zip(rows, totals, strict=True)):
+        colour = colour_of(row.name) or _OTHERS[at % len(_OTHERS)]
+        places, lengths = [label(n, 24) for n in names], [total.get(n, 0.0) for n in names]
+        data.append(_bars(label(row.name, 24), places, lengths, colour, "%{y}: %{x:.3g} ms<extra></extra>"))
+    height = max(80 + (16 * len(rows) + 14) * len(names), 180)
+    return _figure(data, {"title": title}, _NAMES_DOWN, height, barmode="group", bargap=0.35)
+
+
+def _by_family(kernels: Sequence[KernelTime]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for kernel in kernels:
+        totals[kernel.family] = totals.get(kernel.family, 0.0) + kernel.ms
+    return totals
+
+
+def kernels(row: Row) -> Figure:
+    """Every executed kernel in order, coloured by family, the largest family first in the legend."""
+    totals = _by_family(row.kernels)
+    data = []
+    for family in sorted(totals, key=lambda name: -totals[name]):
+        own = [(at + 1, kernel) for at, kernel in enumerate(row.kernels) if kernel.family == family]
+        data.append(
+            {
+                "type": "bar",
+                "name": label(family, 24),
+                "x": [at for at, _ in own],
+                "y": [kernel.ms for _, kernel in own],
+                "marker": {"color": FAMILY_COLOURS.get(family, FAMILY_COLOURS["other"])},
+                "customdata": [label(kernel.node, 80) for _, kernel in own],
+                "hovertemplate": "%{x}. %{customdata}: %{y:.3g} ms<extra>%{fullData.name}</extra>",
+            }
+        )
+    x = {"title": "kernel, in order of execution", "showgrid": False}
+    legend = {"legend": {"traceorder": "normal"}}
+    return _figure(data, x, {"title": "predicted ms"}, 340, narrow=legend, bargap=0.25, barmode="stack")
+
+
+def curves(found: Sequence[Curve], quantity: str, title: str) -> Figure | None:
+    """One line a phase; None without any."""
+    own = [curve for curve in found if curve.quantity == quantity]
+    data = []
+    for at, curve in enumerate(own):
+        colour = colour_of(curve.name) or _OTHERS[at % len(_OTHERS)]
+        x, y = [place for place, _ in curve.points], [value for _, value in curve.points]
+        hover = "%{x:.6g}: %{y:.4g}<extra>%{fullData.name}</extra>"
+        data.append(_line(label(curve.name, 32), x, y, colour, hover=hover))
+    return _figure(data, {"title": "step"}, {"title": title}, 320, narrow_height=300) if data else None
+
+
+# --- a device ---
+
+
+def predicted_against_measured(points: Sequence[tuple[float, float, str]]) -> Figure:
+    """Predictions of networks left out of the fit: (measured ms, predicted ms, source), with a band of ±10 %."""
+    low = min(min(m, p) for m, p, _ in points) * 0.9
+    high = max(max(m, p) for m, p, _ in points) * 1.1
+    band = _line("±10 %", [low, high, high, low], [low * 1.1, high * 1.1, high * 0.9, low * 0.9], FOUND)
+    data = [{**band, "fill": "toself", "fillcolor": "rgba(11,98,196,.12)", "line": {"width": 0}}]
+    hover = "measured %{x:.3g} ms, predicted %{y:.3g} ms<extra>%{fullData.name}</extra>"
+    data += _by_source(points, hover)
+    data.append({**_line("equal", [low, high], [low, high], INK), "showlegend": False})
+    log = {"type": "log", "range": [math.log10(low), math.log10(high)], "dtick": "D2"}
+    return _figure(data, {"title": "measured ms", **log}, {"title": "predicted ms", **log}, 430, narrow_height=420)
+
+
+def error_by_family(errors: Mapping[str, float], noise_floor: float | None) -> Figure:
+    """Mean absolute percentage error of each kernel family (shares of 1), with the device's noise floor."""
+    names = sorted(errors, key=lambda name: -errors[name])
+    colours = [FAMILY_COLOURS.get(name, FAMILY_COLOURS["other"]) for name in names]
+    places, lengths = [label(n, 24) for n in names], [errors[n] * 100 for n in names]
+    bars = _bars("", places, lengths, colours, "%{y}: %{x:.1f} %<extra></extra>", showlegend=False)
+    mark = {} if noise_floor is None else _mark(noise_floor * 100, f"noise floor {noise_floor * 100:.1f} %", top=True)
+    x = {"title": "mean absolute error, %", "rangemode": "tozero"}
+    return _figure([bars], x, _NAMES_DOWN, max(90 + 30 * len(names), 200), bargap=0.4, **mark)
+
+
+def macs_against_ms(points: Sequence[tuple[float, float, str]]) -> Figure:
+    """Every measured network of a table: (MACs, measured ms, family it was drawn from)."""
+    data = _by_source(points, "%{x:.3s} MACs, %{y:.3g} ms<extra>%{fullData.name}</extra>")
+    x = {"title": "MACs", "type": "log", "dtick": "D2", "tickformat": "~s"}
+    y = {"title": "measured ms", "type": "log", "dtick": "D2"}
+    return _figure(data, x, y, 430, narrow_height=420)
+
+
+def _by_source(points: Sequence[tuple[float, float, str]], hover: str) -> list[Trace]:
+    """(x, y, source) as one trace a source."""
+    traces = []
+    for at, source in enumerate(sorted({source for _, _, source in points})):
+        x, y = [a for a, _, s in points if s == source], [b for _, b, s in points if s == source]
+        colour = _LINES[at % len(_LINES)]
+        traces.append(_points(label(source, 28), x, y, colour, hover, size=6, opacity=0.75))
+    return traces

@@ -1,0 +1,226 @@
+"""What a report needs of a run folder, read defensively: whatever is missing or damaged is None or empty.
+
+Files and fields that are looked at::
+
+    result.json             method, seed, groups, widths, limits[], loss, metric, macs, parameters, candidates[]
+    summary.json            rows[] (or a list): name, predicted_ms, low_ms, high_ms, measured_ms, raw_p50_ms, budget_ms,
+                            macs, parameters, accuracy or metric, widths (list or {group: width}),
+                            kernels[] {node, family, ms}; beside rows: model, device, ...
+    events.jsonl            anything with a step or epoch and a loss or metric; or history: [[step, loss], ...]
+    bundle/manifest.json, bundle/verdict.json
+    config.json             settings
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hwsearch.deploy.verdict import Verdict
+from hwsearch.errors import SchemaError
+from hwsearch.report.values import items, mapping, number, positive, read_json, read_json_lines, word
+
+_METRICS = ("metric", "accuracy", "valid_accuracy", "valid_metric", "top1")
+_LOSSES = ("loss", "train_loss", "valid_loss")
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One executed node and its predicted milliseconds."""
+
+    node: str
+    family: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the comparison. ``metric`` is a share of 1 when it is an accuracy."""
+
+    name: str
+    predicted_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    measured_ms: float | None = None
+    raw_p50_ms: float | None = None
+    budget_ms: float | None = None
+    macs: float | None = None
+    parameters: float | None = None
+    metric: float | None = None
+    widths: dict[str, float] = field(default_factory=dict)
+    kernels: tuple[KernelTime, ...] = ()
+
+    @property
+    def best_ms(self) -> float | None:
+        """Measured where it was measured, else predicted."""
+        return self.measured_ms if self.measured_ms is not None else self.predicted_ms
+
+
+@dataclass(frozen=True)
+class CandidatePoint:
+    """One scored choice of the search."""
+
+    ms: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A training curve: (step or epoch, value) in order of writing."""
+
+    name: str
+    quantity: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All of it."""
+
+    folder: Path
+    name: str
+    method: str
+    device: str
+    model: str
+    metric_name: str
+    budget_ms: float | None
+    rows: tuple[Row, ...]
+    candidates: tuple[CandidatePoint, ...]
+    curves: tuple[Curve, ...]
+    verdict: Verdict | None
+    manifest: dict[str, Any]
+    settings: dict[str, Any]
+    result: dict[str, Any]
+    seconds: tuple[tuple[str, float], ...]
+    problems: tuple[str, ...]
+
+    def row(self, name: str) -> Row | None:
+        """The row of that name, whatever its case."""
+        return next((row for row in self.rows if row.name.lower() == name), None)
+
+    @property
+    def found(self) -> Row | None:
+        """The network that the search found."""
+        return self.row("found") or (self.rows[-1] if self.rows else None)
+
+    @property
+    def full(self) -> Row | None:
+        """The network at full width."""
+        row = self.row("full") or self.row("full width")
+        return row if row is not self.found else None
+
+
+def read_run(folder: Path) -> RunData:
+    """Everything that can be read of a run folder."""
+    problems: list[str] = []
+    result = mapping(read_json(folder / "result.json", problems))
+    summary = read_json(folder / "summary.json", problems)
+    head = mapping(summary)
+    settings = mapping(read_json(folder / "config.json", problems))
+    settings = mapping(settings.get("settings")) or settings
+    manifest = mapping(read_json(folder / "bundle" / "manifest.json", problems))
+    events = read_json_lines(folder / "events.jsonl", problems)
+    verdict = None
+    if (folder / "bundle" / "verdict.json").exists():
+        try:
+            verdict = Verdict.load(folder / "bundle" / "verdict.json")
+        except SchemaError as error:
+            problems.append(str(error))
+    limit = mapping(next(iter(items(result.get("limits"))), None))
+    groups = [word(name, "?") for name in items(result.get("groups"))]
+    listed = items(summary) or items(head.get("rows")) or items(head.get("networks"))
+    rows = tuple(_row(mapping(row), groups) for row in listed if isinstance(row, dict))
+    if not rows and result:
+        rows = (
+            _row({"name": "found", **result, **limit, "budget_ms": limit.get("max_ms")} | {"name": "found"}, groups),
+        )
+    budget = positive(limit.get("max_ms")) or positive(manifest.get("budget_ms")) or positive(head.get("budget_ms"))
+    device = word(head.get("device")) or word(manifest.get("device")) or word(limit.get("name"))
+    return RunData(
+        folder=folder,
+        name=folder.resolve().name,
+        method=word(result.get("method")) or word(head.get("method")),
+        device=device or word(settings.get("device")),
+        model=word(head.get("model")) or word(settings.get("model")),
+        metric_name=word(head.get("metric_name"), "accuracy"),
+        budget_ms=budget or next((row.budget_ms for row in rows if row.budget_ms), None),
+        rows=rows,
+        candidates=tuple(_candidates(result.get("candidates"))),
+        curves=tuple(_curves(events)),
+        verdict=verdict,
+        manifest=manifest,
+        settings=settings,
+        result=result,
+        seconds=tuple(_seconds(events)),
+        problems=tuple(problems),
+    )
+
+
+def _row(data: dict[str, Any], groups: list[str]) -> Row:
+    given = data.get("widths")
+    pairs = mapping(given).items() if isinstance(given, dict) else zip(groups, items(given), strict=False)
+    widths = {str(name)[:200]: value for name, w in pairs if (value := positive(w)) is not None}
+    numbers = {
+        key: positive(data.get(key))
+        for key in ("predicted_ms", "low_ms", "high_ms", "measured_ms", "raw_p50_ms", "budget_ms", "macs", "parameters")
+    }
+    metric = next((value for key in _METRICS if (value := number(data.get(key))) is not None), None)
+    kernels = []
+    for entry in items(data.get("kernels")):
+        kernel = mapping(entry)
+        time = number(kernel.get("ms"))
+        if time is not None and time >= 0:
+            kernels.append(KernelTime(word(kernel.get("node"), "?"), word(kernel.get("family"), "other"), time))
+    return Row(word(data.get("name"), "?"), **numbers, metric=metric, widths=widths, kernels=tuple(kernels))
+
+
+def _candidates(listed: object) -> Iterable[CandidatePoint]:
+    for entry in items(listed):
+        candidate = mapping(entry)
+        times = candidate.get("ms")
+        ms = positive(next(iter(times), None) if isinstance(times, list) else times)
+        score = number(candidate.get("loss"))
+        if ms is not None and score is not None:
+            yield CandidatePoint(ms, score)
+
+
+def _curves(events: list[dict[str, Any]]) -> Iterable[Curve]:
+    """Points grouped by phase and quantity, in order; a step that comes again after a resume replaces its first."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for event in events:
+        kind = next(
+            (word(event.get(key)) for key in ("phase", "stage", "network", "name", "event") if event.get(key)), ""
+        )
+        for place, value in _points(event.get("history")):
+            found.setdefault((kind, "loss"), {})[place] = value
+        place_ = next((number(event.get(key)) for key in ("step", "epoch", "generation") if key in event), None)
+        if place_ is None:
+            continue
+        for quantity, keys in (("loss", _LOSSES), ("metric", _METRICS)):
+            for key in keys:
+                value_ = number(event.get(key))
+                if value_ is not None:
+                    label = kind if key in ("loss", "metric", "accuracy") else f"{kind} ({key.split('_')[0]})"
+                    found.setdefault((label, quantity), {})[place_] = value_
+    for (name, quantity), points in found.items():
+        if len(points) > 1:
+            yield Curve(name, quantity, tuple(sorted(points.items())))
+
+
+def _points(history: object) -> Iterable[tuple[float, float]]:
+    for entry in items(history):
+        if isinstance(entry, list) and len(entry) >= 2:
+            place, value = number(entry[0]), number(entry[1])
+            if place is not None and value is not None:
+                yield place, value
+
+
+def _seconds(events: list[dict[str, Any]]) -> Iterable[tuple[str, float]]:
+    """(what, seconds) of every stage that says how long it took."""
+    for event in events:
+        took = positive(event.get("seconds")) or positive(event.get("took_s"))
+        name = word(event.get("stage")) or word(event.get("phase")) or word(event.get("event"))
+        if took is not None and name:
+            yield name, took

@@ -1,0 +1,293 @@
+"""The report of a run: what was asked, what was found, whether it holds, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hwsearch.deploy.verdict import Verdict
+from hwsearch.report import figures
+from hwsearch.report.card_section import card_section
+from hwsearch.report.page import (
+    Page,
+    absent,
+    card,
+    count,
+    definitions,
+    details,
+    ms,
+    panel,
+    percent,
+    plural,
+    table,
+    text,
+)
+from hwsearch.report.run_data import Row, RunData
+from hwsearch.report.values import mapping, positive
+
+_STATES = {"pass": "Pass", "conditional": "Conditional", "fail": "Fail"}
+
+
+def run_page(run: RunData, table_folder: Path | None) -> Page:
+    """The page of a run; ``table_folder`` is where the device's predictor card is looked for."""
+    page = Page(f"{run.name} · hwsearch", [run.name, run.model, run.device, run.method])
+    page.add(hero(run))
+    page.add(cards(run))
+    page.add(comparison(run))
+    page.add(front(page, run))
+    page.add(f'<div class="split">{widths(page, run)}{families(page, run)}</div>')
+    page.add(kernels(page, run))
+    page.add(card_section(page, table_folder))
+    page.add(training(page, run))
+    page.add(provenance(run))
+    return page
+
+
+def judged(run: RunData) -> tuple[str, str]:
+    """(state, word): the verdict where the bundle was verified, else "" and what is known."""
+    if run.verdict is None:
+        return "", "Not verified"
+    return run.verdict.status, _STATES[run.verdict.status]
+
+
+def measured(run: RunData) -> float | None:
+    """The milliseconds that count: those of the verification, else those of the comparison."""
+    if run.verdict is not None and run.verdict.measured_ms is not None:
+        return run.verdict.measured_ms
+    return run.found.measured_ms if run.found else None
+
+
+def hero(run: RunData) -> str:
+    """One sentence that says it all, and the reasons when the answer is no."""
+    state, word = judged(run)
+    time, budget, found, full = measured(run), run.budget_ms, run.found, run.full
+    if time is not None and budget is not None:
+        place = "inside" if time <= budget else "above"
+        title = f"{ms(time)} ms measured, {place} the {ms(budget)} ms budget"
+    elif found is not None and found.predicted_ms is not None and budget is not None:
+        title = f"{ms(found.predicted_ms)} ms predicted for a {ms(budget)} ms budget; not measured yet"
+    else:
+        title = f"{run.name}: this run has no result yet"
+    words = []
+    if time is not None and budget is not None:
+        words.append(f"{percent(time / budget)} of the budget is used.")
+    if found and full and full.best_ms and (own := time or found.best_ms):
+        words.append(f"{full.best_ms / own:.1f} times as fast as the full network.")
+    if found and full and found.metric is not None and full.metric is not None:
+        words.append(_metric_change(run.metric_name, found.metric, full.metric))
+    lead = f'<p class="lead">{text(" ".join(words))}</p>' if words else ""
+    reasons = [f'<li class="bad">{text(r)}</li>' for r in (run.verdict.reasons if run.verdict else ())]
+    reasons += [f"<li>{text(r)}</li>" for r in (run.verdict.notes if run.verdict else ())]
+    listed = f'<ul class="reasons">{"".join(reasons)}</ul>' if reasons else ""
+    return (
+        f'<section class="hero"><span class="pill {text(state)}">{text(word)}</span>'
+        f"<h1>{text(title)}</h1>{lead}{listed}</section>"
+    )
+
+
+def _metric_change(name: str, found: float, full: float) -> str:
+    if name == "accuracy":
+        points = (found - full) * 100
+        return f"{abs(points):.2f} points {'more' if points >= 0 else 'less'} accuracy ({percent(found, 2)})."
+    return f"{name} {found:.4g} against {full:.4g}."
+
+
+def cards(run: RunData) -> str:
+    """Budget, predicted, measured, verdict."""
+    found, verdict, budget, time = run.found, run.verdict, run.budget_ms, measured(run)
+    state, word = judged(run)
+    predicted = found.predicted_ms if found else None
+    if predicted is None and verdict is not None:
+        predicted = verdict.predicted_ms
+    raw = verdict.raw_p50_ms if verdict else (found.raw_p50_ms if found else None)
+    about = f"raw median {ms(raw)} ms" if raw is not None else ("not timed" if time is None else "")
+    where = f"on {run.device}" if run.device else "device not recorded"
+    pieces = [
+        card("Budget", ms(budget), "ms" if budget else "", where),
+        card("Predicted", ms(predicted), "ms" if predicted else "", _prediction_line(found, predicted, time), "accent"),
+        card("Measured", ms(time), "ms" if time else "", about, state or "accent"),
+        card("Verdict", word, "", _verdict_line(verdict), state),
+    ]
+    return f'<section class="cards">{"".join(pieces)}</section>'
+
+
+def _prediction_line(found: Row | None, predicted: float | None, time: float | None) -> str:
+    words = []
+    if predicted and time:
+        words.append(f"{(predicted / time - 1) * 100:+.1f} % from measured")
+    if found and found.low_ms is not None and found.high_ms is not None:
+        words.append(f"interval {ms(found.low_ms)} to {ms(found.high_ms)} ms")
+    return "; ".join(words)
+
+
+def _verdict_line(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "run hwsearch verify on the bundle"
+    words = "agree" if verdict.numerics.ok else "differ"
+    return f"outputs {words}: relative error {verdict.numerics.max_relative_error:.1e}"
+
+
+def comparison(run: RunData) -> str:
+    """Full, uniform and found beside each other: bars of milliseconds, then all numbers."""
+    if not run.rows:
+        return panel("Comparison", "", absent("summary.json is not there: the run has not reached its comparison."))
+    head = ["network", "predicted ms", "measured ms", "budget ms", "MACs", "parameters", run.metric_name]
+    rows = []
+    for row in run.rows:
+        budget = row.budget_ms if row.budget_ms is not None else (run.budget_ms if row is run.found else None)
+        over = row.measured_ms is not None and budget is not None and row.measured_ms > budget
+        time = f'<span class="over">{ms(row.measured_ms)}</span>' if over else ms(row.measured_ms)
+        if row.raw_p50_ms is not None:
+            time += f'<span class="minor">raw {ms(row.raw_p50_ms)}</span>'
+        predicted = ms(row.predicted_ms)
+        if row.low_ms is not None and row.high_ms is not None:
+            predicted += f'<span class="minor">{ms(row.low_ms)} to {ms(row.high_ms)}</span>'
+        rows.append(
+            [text(row.name), predicted, time, ms(budget), count(row.macs), count(row.parameters), _metric(run, row)]
+        )
+    note = "Bars: measured milliseconds (pale: predicted, not measured). Dark mark: the prediction with its interval."
+    stressed = run.found.name if run.found else ""
+    return panel("Comparison", note, race(run), table(head, rows, stack=True, mark=stressed))
+
+
+def _metric(run: RunData, row: Row) -> str:
+    if row.metric is None:
+        return "–"
+    return percent(row.metric, 2) if run.metric_name == "accuracy" and 0 <= row.metric <= 1 else f"{row.metric:.4g}"
+
+
+def race(run: RunData) -> str:
+    """Bars of milliseconds with the budget as a line across; plain HTML, so it is there without any script."""
+    timed = [row for row in run.rows if row.best_ms is not None]
+    values = [v for row in timed for v in (row.measured_ms, row.predicted_ms, row.high_ms) if v is not None]
+    values += [run.budget_ms] if run.budget_ms else []
+    if not timed or not values:
+        return ""
+    whole = max(values) * 1.02
+
+    def share(value: float) -> str:
+        return f"{max(0.0, min(1.0, value / whole)) * 100:.2f}%"
+
+    lines = []
+    for row in timed:
+        kind = {"found": "found", "uniform": "uniform"}.get(row.name.lower().split()[0], "") if row.name.split() else ""
+        kind = "found" if row is run.found else kind
+        time = row.best_ms or 0.0
+        guess = " guess" if row.measured_ms is None else ""
+        bar = f'<span class="bar {kind}{guess}" style="width:{share(time)}"></span>'
+        if row.low_ms is not None and row.high_ms is not None and row.high_ms >= row.low_ms:
+            width = f"{max(0.0, (row.high_ms - row.low_ms) / whole) * 100:.2f}%"
+            bar += f'<span class="whisker" style="left:{share(row.low_ms)};width:{width}"></span>'
+        if row.predicted_ms is not None:
+            bar += f'<span class="tick" style="left:{share(row.predicted_ms)}"></span>'
+        lines.append(
+            f'<div class="row {kind}"><span class="name" title="{text(row.name)}">{text(row.name)}</span>'
+            f'<span class="track">{bar}</span><span class="ms">{ms(time)} ms</span></div>'
+        )
+    overlay = ""
+    if run.budget_ms is not None:
+        place = share(run.budget_ms)
+        overlay = (
+            f'<div class="overlay"><span class="budget-label" style="left:{place}">budget {ms(run.budget_ms)} ms</span>'
+            f'<span class="budget" style="left:{place}"></span></div>'
+        )
+    return f'<div class="race">{"".join(lines)}{overlay}</div>'
+
+
+def front(page: Page, run: RunData) -> str:
+    """The candidates of the search."""
+    title = "Candidates of the search"
+    if not run.candidates:
+        return panel(title, "", absent("result.json lists no candidates."))
+    score = run.result.get("loss")
+    best = float(score) if isinstance(score, int | float) and not isinstance(score, bool) else None
+    figure = figures.candidates(run.candidates, run.found, run.budget_ms, best)
+    note = (
+        f"{plural(len(run.candidates), 'candidate')}, each scored with shared weights before any training of its own; "
+        "lower is better. The line is the best score that each number of milliseconds buys."
+    )
+    return panel(
+        title, note, page.figure(figure, f"Search score against predicted ms of {len(run.candidates)} candidates")
+    )
+
+
+def widths(page: Page, run: RunData) -> str:
+    """Units per width group."""
+    found, full = run.found, run.full
+    if found is None or not found.widths:
+        return panel("Widths", "", absent("No widths are recorded for the found network."))
+    note = "Units kept in each group of coupled layers"
+    note += ", in front of the full network's." if full and full.widths else "; the full network's are not recorded."
+    whole = full.widths if full else {}
+    rows = [[text(n), f"{w:g}", f"{whole[n]:g}" if n in whole else "–"] for n, w in found.widths.items()]
+    figure = page.figure(figures.widths(found, full), "Units kept per width group, against the full network")
+    return panel("Widths", note, figure, details("As a table", table(["group", "found", "full"], rows)))
+
+
+def families(page: Page, run: RunData) -> str:
+    """Predicted milliseconds by kernel family."""
+    title = "Where the time goes"
+    rows = [row for row in run.rows if row.kernels]
+    if not rows:
+        return panel(title, "", absent("summary.json lists no kernels: the prediction was not broken down."))
+    shown = [row for row in (run.full, run.found) if row in rows] or rows[:3]
+    note = "Predicted milliseconds by kind of kernel, from the runtime's own optimised graph."
+    return panel(title, note, page.figure(figures.families(shown), "Predicted ms by kernel family"))
+
+
+def kernels(page: Page, run: RunData) -> str:
+    """Predicted milliseconds of every executed kernel of the found network."""
+    found = run.found
+    if found is None or not found.kernels:
+        return ""
+    note = f"{plural(len(found.kernels), 'kernel')} of the found network, as the runtime executes them."
+    rows = [[text(k.node), text(k.family), ms(k.ms)] for k in sorted(found.kernels, key=lambda k: -k.ms)]
+    figure = page.figure(figures.kernels(found), "Predicted ms of each kernel in order of execution")
+    return panel("Kernel by kernel", note, figure, details("As a table", table(["node", "family", "ms"], rows)))
+
+
+def training(page: Page, run: RunData) -> str:
+    """Curves of whatever was trained."""
+    metric = "accuracy" if run.metric_name == "accuracy" else run.metric_name
+    drawn = [
+        page.figure(figures.curves(run.curves, "loss", "loss"), "Training loss"),
+        page.figure(figures.curves(run.curves, "metric", metric), f"Training {metric}"),
+    ]
+    if not any(drawn):
+        return panel("Training", "", absent("events.jsonl has no training curve."))
+    return panel("Training", "Each phase by its own steps.", *drawn)
+
+
+def provenance(run: RunData) -> str:
+    """Where the numbers come from."""
+    fingerprint = mapping(run.manifest.get("fingerprint"))
+    pairs: list[tuple[str, Any]] = [("run folder", run.folder)]
+    pairs += [(key, run.result[key]) for key in ("method", "seed") if run.result.get(key) is not None]
+    pairs += [(key.replace("_", " "), value) for key, value in fingerprint.items()]
+    for key, unit in (("reference_ms", "ms"), ("noise_floor", "")):
+        value = positive(run.manifest.get(key))
+        if value is not None:
+            pairs.append(
+                (key.replace("_ms", " speed").replace("_", " "), f"{ms(value)} {unit}" if unit else percent(value))
+            )
+    model = mapping(mapping(run.manifest.get("files")).get("model.onnx"))
+    if model:
+        pairs.append(("model.onnx", f"sha256 {model.get('sha256')}"))
+    pairs += [(f"took: {name}", f"{seconds:,.1f} s") for name, seconds in run.seconds[:20]]
+    content = definitions((str(key), value) for key, value in pairs)
+    if run.settings:
+        lines = sorted(_flat(run.settings))
+        content += details("All settings", table(["setting", "value"], [[text(k), text(v)] for k, v in lines[:400]]))
+    if run.problems:
+        content += "".join(absent(f"Left out: {problem}") for problem in run.problems)
+    return panel("Provenance", "", content)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            found += _flat(item, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", str(item)[:200]))
+    return found

@@ -1,0 +1,305 @@
+"""A report is one file that loads nothing, escapes everything, and says what it lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hwsearch.errors import InputError
+from hwsearch.report import report
+
+DAMAGE = ["", "{", "[]", "null", "3", '{"rows": 3}', '{"limits": [[]], "candidates": {}}', "[[[]]]"]
+FILES = ["result.json", "summary.json", "config.json", "bundle/manifest.json", "bundle/verdict.json"]
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+LOADS = {"src", "href", "srcset", "data", "action", "poster", "formaction", "background", "xlink:href"}
+
+
+class Outline(HTMLParser):
+    """Tags, attributes and visible text; notes what is not balanced or would be requested."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.unbalanced: list[str] = []
+        self.requests: list[str] = []
+        self.handlers: list[str] = []
+        self.tags: list[str] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self.style = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in LOADS and not (value or "").startswith("data:"):
+                self.requests.append(f"<{tag} {name}={value}>")
+            if name.startswith("on"):
+                self.handlers.append(name)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        inside = self.open[-1] if self.open else ""
+        if inside == "script":
+            self.scripts.append(data)
+        elif inside == "style":
+            self.style += data
+        else:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def parse(page: str) -> Outline:
+    outline = Outline()
+    outline.feed(page)
+    outline.close()
+    return outline
+
+
+def read(path: Path) -> tuple[str, Outline]:
+    page = path.read_text(encoding="utf-8")
+    return page, parse(page)
+
+
+def figures(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1], parse_constant=pytest.fail)
+
+
+def change(path: Path, edit: Callable[[Any], object]) -> None:
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+def test_a_whole_run_shows_its_answer_and_every_section(run_folder: Path) -> None:
+    page, outline = read(report(run_folder))
+    for words in (
+        "1.45 ms measured, inside the 1.50 ms budget", "96.5 % of the budget is used", "2.0 times as fast",
+        "0.65 points less accuracy (91.13 %)", "raw median 1.48 ms", "Comparison", "Candidates of the search", "Widths",
+        "Where the time goes", "Kernel by kernel", "How good the prediction is", "Training", "Provenance", "AMD EPYC",
+        "14.2 M", "310 k", "outputs agree",
+    ):  # fmt: skip
+        assert words in outline.text, words
+    assert len(figures(page)) == 6
+    assert outline.text.index("budget") < outline.text.index("Comparison")
+
+
+def test_it_is_one_balanced_file_that_requests_nothing(run_folder: Path) -> None:
+    page, outline = read(report(run_folder))
+    assert outline.unbalanced == []
+    assert outline.open == []
+    assert outline.requests == []
+    assert outline.handlers == []
+    assert "url(" not in outline.style
+    assert "@import" not in outline.style
+    assert "default-src 'none'" in page
+    assert outline.tags.count("script") == 3
+    assert sum("plotly.js v" in script for script in outline.scripts) == 1
+    assert not {"iframe", "object", "embed", "base", "form"} & set(outline.tags)
+
+
+def test_equal_runs_give_equal_pages(run_folder: Path, tmp_path: Path) -> None:
+    first = report(run_folder, tmp_path / "a.html").read_bytes()
+    assert first == report(run_folder, tmp_path / "b.html").read_bytes()
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=http://x/ onerror=alert(2)>\"'&amp;\u2028%{x}"
+
+
+def poisoned(value: Any, keep: set[str]) -> Any:
+    """Every text gets markup appended, and so does every key that no reader looks for."""
+    if isinstance(value, dict):
+        named = {"name": "found"} if value.get("name") == "found" else {}
+        return {k if k in keep else f"{k}{HOSTILE}"[:150]: poisoned(v, keep) for k, v in value.items()} | named
+    if isinstance(value, list):
+        return [poisoned(item, keep) for item in value]
+    stays = ("hwsearch.verdict", "hwsearch.bundle", "pass")
+    return value + HOSTILE if isinstance(value, str) and value not in stays else value
+
+
+def test_names_from_files_are_text_never_markup(run_folder: Path) -> None:
+    for name in FILES:
+        data = json.loads((run_folder / name).read_text())
+        keep = {k for k in all_keys(data) if re.fullmatch(r"[a-z_0-9]{1,20}", k)} - {"threads", "cpu"}
+        (run_folder / name).write_text(json.dumps(poisoned(data, keep)))
+    events = [{"event": "train", "phase": HOSTILE, "step": s, "loss": 1.0 / s} for s in range(1, 9)]
+    events += [{"event": HOSTILE, "seconds": 3.0}]
+    (run_folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    page, outline = read(report(run_folder))
+    assert outline.tags.count("script") == 3
+    assert outline.tags.count("img") == 0
+    assert (outline.unbalanced, outline.requests, outline.handlers) == ([], [], [])
+    assert "alert(1)" in outline.text
+    labels = [value for value in all_strings(figures(page)) if "alert" in value]
+    assert labels
+    assert not any("<img" in value or "<script" in value for value in labels)
+
+
+def all_keys(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        return set(value) | {k for v in value.values() for k in all_keys(v)}
+    return {k for v in value for k in all_keys(v)} if isinstance(value, list) else set()
+
+
+def all_strings(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [s for k, v in value.items() for s in [k, *all_strings(v)]]
+    if isinstance(value, list):
+        return [s for v in value for s in all_strings(v)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize(
+    ("missing", "line"),
+    [
+        ("result.json", "result.json lists no candidates."),
+        ("summary.json", "summary.json lists no kernels"),
+        ("events.jsonl", "events.jsonl has no training curve."),
+        ("bundle/verdict.json", "Not verified"),
+        ("bundle/manifest.json", "Provenance"),
+        ("config.json", "Provenance"),
+    ],
+)
+def test_a_section_without_its_data_says_so(missing: str, line: str, run_folder: Path) -> None:
+    (run_folder / missing).unlink()
+    _, outline = read(report(run_folder))
+    assert line in outline.text
+    assert outline.unbalanced == []
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_damaged_file_is_left_out_and_named(name: str, content: str, run_folder: Path) -> None:
+    (run_folder / name).write_text(content)
+    _, outline = read(report(run_folder))
+    assert outline.unbalanced == []
+    if content in ("", "{"):
+        assert f"Left out: {Path(name).name}" in outline.text or name == "bundle/verdict.json"
+        assert Path(name).name in outline.text
+
+
+def test_values_of_other_kinds_are_left_out(run_folder: Path) -> None:
+    """Every number of the files becomes each of these once."""
+    for bad in (None, "many", [], {}, True, -1, 1e400, float("nan")):
+        for name in ("result.json", "summary.json", "bundle/manifest.json"):
+            original = (run_folder / name).read_text()
+
+            def spoil(value: Any, bad: Any = bad) -> Any:
+                if isinstance(value, dict):
+                    return {k: spoil(v) for k, v in value.items()}
+                if isinstance(value, list):
+                    return [spoil(v) for v in value]
+                return bad if isinstance(value, int | float) else value
+
+            (run_folder / name).write_text(json.dumps(spoil(json.loads(original))))
+            page, outline = read(report(run_folder))
+            assert outline.unbalanced == []
+            assert "nan" not in outline.text.lower().replace("provenance", "")
+            assert figures(page)
+            (run_folder / name).write_text(original)
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "search_started", "step": 1}\n{"torn')
+    page, outline = read(report(tmp_path))
+    assert "this run has no result yet" in outline.text
+    assert "plotly.js" not in page  # no figure, no library: the page is small
+    assert "damaged" not in outline.text  # a torn last line is what a kill leaves
+
+
+def test_torn_and_foreign_lines_in_the_middle_are_counted(run_folder: Path) -> None:
+    path = run_folder / "events.jsonl"
+    path.write_text("torn{\n[1]\n" + path.read_text())
+    assert "events.jsonl: 1 damaged line left out" in read(report(run_folder))[1].text
+
+
+def test_a_result_alone_is_enough_for_a_headline(run_folder: Path) -> None:
+    (run_folder / "summary.json").unlink()
+    shutil.rmtree(run_folder / "bundle")
+    _, outline = read(report(run_folder))
+    assert "1.45 ms measured, inside the 1.50 ms budget" in outline.text
+    assert "Not verified" in outline.text
+
+
+def test_a_broken_budget_is_said_first(run_folder: Path) -> None:
+    change(
+        run_folder / "bundle/verdict.json",
+        lambda v: v.update(status="fail", measured_ms=1.61, reasons=["measured 1.61 ms is above the budget"]),
+    )
+    page, outline = read(report(run_folder))
+    assert "1.61 ms measured, above the 1.50 ms budget" in outline.text
+    assert outline.text.index("measured 1.61 ms is above the budget") < outline.text.index("Comparison")
+    assert 'class="pill fail"' in page
+
+
+def test_a_metric_that_is_no_accuracy(run_folder: Path) -> None:
+    def edit(summary: Any) -> None:
+        summary["metric_name"] = "PSNR"
+        for row, value in zip(summary["rows"], (31.2, 30.4, 30.9), strict=True):
+            row["metric"] = value
+            del row["accuracy"]
+
+    change(run_folder / "summary.json", edit)
+    text = read(report(run_folder))[1].text
+    assert "PSNR 30.9 against 31.2" in text
+    assert "%" not in text[text.index("PSNR 30.9") :][:20]
+
+
+def test_thousands_of_candidates_are_thinned(run_folder: Path) -> None:
+    change(run_folder / "result.json", lambda r: r.update(candidates=r["candidates"] * 50))
+    page, outline = read(report(run_folder))
+    assert "20,000 candidates" in outline.text
+    most = max(sum(len(trace.get("x", [])) for trace in figure["data"]) for figure in figures(page).values())
+    assert most < 9000
+
+
+def test_where_it_is_written(run_folder: Path, tmp_path: Path) -> None:
+    assert report(run_folder) == run_folder / "report.html"
+    assert report(str(run_folder), tmp_path / "new" / "r.html") == tmp_path / "new" / "r.html"
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["r.html"]
+    with pytest.raises(InputError, match=r"cannot write .*: choose a writable place"):
+        report(run_folder, run_folder / "config.json" / "r.html")
+    with pytest.raises(InputError, match="cannot write"):
+        report(run_folder, "/proc/hwsearch.html")
+
+
+def test_what_is_no_source(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        report(tmp_path / "missing")
+    with pytest.raises(InputError, match="is no run folder"):
+        report(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(InputError, match="is no run folder"):
+        report(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser: apt-get install chromium")
+def test_a_browser_draws_every_figure(run_folder: Path, tmp_path: Path) -> None:
+    path = report(run_folder)
+    expected = len(figures(path.read_text(encoding="utf-8")))
+    quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    quiet += ["--disable-sync", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=6000"]
+    quiet += [f"--user-data-dir={tmp_path / 'profile'}"]
+    command = ["chromium", "--headless", "--no-sandbox", *quiet, "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert f'data-drawn="{expected}"' in done.stdout
+    assert done.stdout.count('class="main-svg"') >= expected
+    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
