@@ -56,7 +56,8 @@ class StopwatchSettings:
         runs_per_reading: but at least so often; the reading is the median of its runs.
         rounds_min, rounds_max: kept rounds before the stop rule is asked, and rounds at most.
         target_spread: stop once the relative 95 % half-width is below this.
-        seconds_max: stop after this much device time on one network.
+        seconds_min, seconds_max: device time on one network before the stop rule is asked (the state of a moment is not
+            the average), and at most.
         canary_limit: a round whose canary exceeds this times the reference is discarded.
         good_min: fewer kept rounds than this are no measurement.
         patience_seconds: how long to wait, at a time, for a slow machine to recover.
@@ -66,11 +67,12 @@ class StopwatchSettings:
 
     pool: int = 8
     warmup_seconds: float = 0.05
-    reading_ms: float = 2.0
+    reading_ms: float = 4.0
     runs_per_reading: int = 3
     rounds_min: int = 11
     rounds_max: int = 21
     target_spread: float = 0.015
+    seconds_min: float = 0.0
     seconds_max: float = 2.0
     canary_limit: float = 1.25
     good_min: int = 5
@@ -83,7 +85,7 @@ class StopwatchSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"stopwatch setting {name} is {value!r}; use a whole number of at least 1")
-        for name in ("warmup_seconds", "reading_ms", "target_spread", "seconds_max", "patience_seconds"):
+        for name in ("warmup_seconds", "reading_ms", "target_spread", "seconds_min", "seconds_max", "patience_seconds"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise InputError(f"stopwatch setting {name} is {value!r}; use a finite number of at least 0")
@@ -98,8 +100,8 @@ class StopwatchSettings:
 
 PROFILE = StopwatchSettings()
 MEASURE = StopwatchSettings(
-    warmup_seconds=0.2, reading_ms=4.0, runs_per_reading=5, rounds_min=25, rounds_max=120, target_spread=0.01,
-    seconds_max=10.0, good_min=10, patience_seconds=20.0, profile_runs=50,
+    warmup_seconds=0.2, reading_ms=5.0, runs_per_reading=5, rounds_min=25, rounds_max=500, target_spread=0.01,
+    seconds_min=2.0, seconds_max=10.0, good_min=10, patience_seconds=20.0, profile_runs=50,
 )  # fmt: skip
 
 
@@ -165,6 +167,7 @@ class _Running:
     repeats: int = 1
     cost_ns: int = 0
     waited_ns: int = 0
+    next_check: int = 0
     runs_ms: list[float] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
 
@@ -319,9 +322,10 @@ class Stopwatch:
                 f"{slowest:.3g} ms, reference {reference:.3g} ms): the device is busy, throttled or another one; "
                 "let it rest, or run `hwsearch device check` again"
             )
-        # bootstrapping is dear: ask only every other round, and not before it can say anything
-        if not over and (len(kept) < settings.rounds_min or done % 2 == 0):
+        early = len(kept) < settings.rounds_min or running.cost_ns < settings.seconds_min * 1e9
+        if not over and (early or done < running.next_check):
             return None
+        running.next_check = done + max(2, done // 8)  # bootstrapping is dear: ask ever more seldom
         ratios = np.array([reading.time_ms / reading.canary_ms for reading in kept])
         spread = bootstrap_spread(ratios, settings.seed)
         if not over and spread > settings.target_spread:
