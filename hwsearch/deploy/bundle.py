@@ -5,7 +5,6 @@ The format and its reading half are in ``reader.py``, which needs no PyTorch.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hwsearch.deploy.arrays import npy_bytes
 from hwsearch.deploy.folder import write_folder
 from hwsearch.deploy.reader import MANIFEST, MAX_CASES, SCHEMA, VERSION, Bundle, Golden, is_bundle, read_bundle
-from hwsearch.errors import CheckFailedError, InputError, UnsupportedModelError
+from hwsearch.errors import CheckFailedError, HwsearchError, InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -133,11 +132,14 @@ def _macs(model: nn.Module, example_input: torch.Tensor) -> int:
 
 def _device_facts(device: Device) -> dict[str, Any]:
     """What ``device check`` found, None where the device has not been checked."""
-    facts = {"noise_floor": None, "reference_ms": None, "fingerprint": None}
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        stored = json.loads((device.table_folder / "device.json").read_text(encoding="utf-8"))
-        facts = {key: stored.get(key) for key in facts}
-    return facts
+    from hwsearch.device.check import DeviceCheck
+
+    try:
+        check = DeviceCheck.load(device.table_folder)
+    except HwsearchError:
+        return {"noise_floor": None, "reference_ms": None, "fingerprint": None}
+    facts = {"noise_floor": check.noise_floor, "reference_ms": check.reference_ms}
+    return {**facts, "fingerprint": check.fingerprint.to_dict()}
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -78,7 +78,6 @@ class Bundle:
         return tuple(self.cases[0].input.shape)
 
 
-
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     """Read a bundle and check every byte of it.
 

@@ -76,7 +76,15 @@ def test_convolutions_of_every_shape_fold_exactly(
     seed: int,
 ) -> None:
     conv = nn.Conv2d(
-        4, 4 * multiplier, kernel, stride, 1, dilation, groups, bias=bias, padding_mode=mode  # type: ignore[arg-type]
+        4,
+        4 * multiplier,
+        kernel,
+        stride,
+        1,
+        dilation,
+        groups,
+        bias=bias,
+        padding_mode=mode,  # type: ignore[arg-type]
     )
     x = image(2, 4, 17, 14)
     model = ready(nn.Sequential(conv, nn.BatchNorm2d(4 * multiplier, affine=affine)), x, seed)
