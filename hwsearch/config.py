@@ -231,7 +231,7 @@ class TrainSettings:
         if self.epochs is not None and self.steps is not None:
             raise InputError("a training has both epochs and steps: give one of the two")
 
-    def config(self, run: RunSettings, section: str) -> TrainConfig:
+    def config(self, run: RunSettings, section: str = "train") -> TrainConfig:
         """The training that these settings stand for; ``section`` is their name, for messages.
 
         Raises:

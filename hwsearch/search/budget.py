@@ -135,7 +135,9 @@ class Budget:
 
     limits: Sequence[Limit]
     floor: float = 0.95
-    _known: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _known: dict[tuple[Any, float], tuple[Widths, float]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         limits = (self.limits,) if isinstance(self.limits, Limit) else tuple(self.limits)
@@ -182,11 +184,12 @@ class Budget:
         It stops early once the use is at most ``enough``.
         """
         grid = WidthGrid.of(space)
-        best, use, finished = self._known.get(grid.key, (None, math.inf, False))
-        if best is None:
-            best = grid.smallest
-            use = float(self.use(best[None])[0])
-        while not finished and use > enough:
+        # Kept by ``enough`` too: what a search gets must not depend on what was asked before, or resuming would differ.
+        if (grid.key, enough) in self._known:
+            return self._known[grid.key, enough]
+        best = grid.smallest
+        use, improved = float(self.use(best[None])[0]), True
+        while improved and use > enough:
             before = use
             for g, allowed in enumerate(grid.allowed):
                 tries = np.repeat(best[None], len(few := _few(allowed)), axis=0)
@@ -195,8 +198,8 @@ class Budget:
                 at = int(np.argmin(uses))
                 if uses[at] < use:
                     best, use = tries[at], float(uses[at])
-            finished = use >= before
-        self._known[grid.key] = (best, use, finished)
+            improved = use < before
+        self._known[grid.key, enough] = (best, use)
         return best, use
 
     def reachable(self, space: WidthSpace) -> Reach:
@@ -217,6 +220,12 @@ class Budget:
             return
         ms = self.evaluate(best[None])[0]
         at = int(np.argmax(ms / np.asarray([limit.max_ms for limit in self.limits])))
+        if not math.isfinite(use):
+            raise InfeasibleBudgetError(
+                f"no network of this width space has a finite predicted time on {self.limits[at].name}: "
+                "profile the device and fit its predictor again",
+                smallest_ms=math.inf,
+            )
         raise InfeasibleBudgetError(
             f"no network of this width space keeps {self.limits[at].max_ms:g} ms on {self.limits[at].name}: "
             f"the smallest reachable is {ms[at]:.4g} ms; give a budget of at least {_round_up(float(ms[at])):g} ms",

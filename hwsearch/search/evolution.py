@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwsearch.errors import AnswerIsNo, InputError
+from hwsearch.search.genetic import nsga2, tell
 from hwsearch.search.grid import Indices, WidthGrid, Widths, row_keys
 from hwsearch.search.scores import Score, Scores
 
 if TYPE_CHECKING:
     from hwsearch.graph.widths import WidthChoice, WidthSpace
-    from hwsearch.search.budget import Budget, Floats
+    from hwsearch.search.budget import Budget
 
 Progress = Callable[[int, int, str], None]  #: done, total, text
+
+
+_FILL_TRIES = 4  # draws of random choices before a generation stays small
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,16 @@ class EvolutionSettings:
         generations: including the first; each asks for at most ``population`` new choices.
         evaluations: at most so many choices are scored in one search; None: population times generations.
         mutation: chance that a width changes; None: one group in each child on average.
-        spread: pymoo's eta of the mutation, 3 (far) to 30 (near).
+        step: how far a changed width moves on average, as a share of the group's allowed widths.
         minimise_ms: also keep a front of loss against time, where the share of the budget is a second objective.
         score_batch: choices handed to ``score`` at once: what a kill can lose.
     """
 
-    population: int = 16
-    generations: int = 12
+    population: int = 12
+    generations: int = 16
     evaluations: int | None = None
     mutation: float | None = None
-    spread: float = 5.0
+    step: float = 0.1
     minimise_ms: bool = False
     score_batch: int = 1
 
@@ -58,8 +62,8 @@ class EvolutionSettings:
             raise InputError(f"evaluations is {self.evaluations!r}: give a whole number of 1 or more, or leave it out")
         if self.mutation is not None and not 0 < self.mutation <= 1:
             raise InputError(f"mutation is {self.mutation!r}: give a chance above 0 and up to 1")
-        if not 1 <= self.spread <= 100:
-            raise InputError(f"spread is {self.spread!r}: give a number from 1 to 100")
+        if not 0 < self.step <= 1:
+            raise InputError(f"step is {self.step!r}: give a share above 0 and up to 1")
 
     @property
     def most(self) -> int:
@@ -114,7 +118,7 @@ def evolve(
         journal: file of finished losses; an existing one of the same search is continued. Searches that differ in the
             budget alone (same space, seed, settings and context) may share one: a loss does not depend on the budget.
         progress: called with (scored, at most, text) after every batch.
-        initial: choices to start from, repaired into the budget first.
+        initial: choices to start from (``population`` of them at most), repaired into the budget first.
         context: what else the losses depend on (a digest of the super-network's weights, say); part of the journal's
             header.
 
@@ -128,10 +132,10 @@ def evolve(
     grid = WidthGrid.of(space)
     belongs = {"seed": seed, "space": grid.digest, "settings": asdict(settings), "context": context}
     scores = Scores(score, settings.score_batch, Path(journal) if journal else None, belongs)
-    return _Evolution(space, budget, grid, scores, settings, seed, progress).run(grid.population(list(initial)))
+    return Evolution(space, budget, grid, scores, settings, seed, progress).run(grid.population(list(initial)))
 
 
-class _Evolution:
+class Evolution:
     """One evolution: pymoo asks, the budget predicts, ``scores`` answers."""
 
     def __init__(
@@ -152,12 +156,12 @@ class _Evolution:
 
     def run(self, given: Widths) -> EvolutionResult:
         """Ask and tell until the settings are used up; ``given`` are the caller's choices (N, G) to start from."""
-        algorithm = _algorithm(self, self.first_choices(given))
+        algorithm = nsga2(self, self.first_choices(given))
         generation = 0
         while generation < self.settings.generations and len(self.found) < self.settings.most:
-            asked = algorithm.ask()
-            if asked is None or len(asked) == 0:
-                break  # every choice that mating can reach has been scored
+            asked = self.fill(algorithm.ask())
+            if len(asked) == 0:
+                break  # the budget's neighbourhood holds nothing that was not scored
             self.judge(algorithm, asked[: self.settings.most - len(self.found)])
             generation += 1
         ranked = tuple(sorted(self.found.values(), key=lambda c: (c.loss, c.ms, c.choice.widths)))
@@ -169,15 +173,33 @@ class _Evolution:
         return EvolutionResult(ranked, ranked[0], generation)
 
     def first_choices(self, given: Widths) -> Indices:
-        """Where evolution starts, in the budget: the caller's, a uniform scaling, ramps over depth, random ones."""
+        """Where evolution starts, in the budget: the caller's, the full network scaled, ramps over depth, random ones."""
         grid, count = self.grid, self.settings.population
         depth = np.linspace(0, 1, grid.groups)
         ramps = [grid.full * (a + (b - a) * depth) for a, b in ((0.3, 1.0), (1.0, 0.3), (0.5, 0.9), (0.9, 0.5))]
-        planned = np.concatenate([given, grid.uniform([0.5]), grid.take(grid.nearest(np.stack(ramps)))])
+        planned = np.concatenate([given, grid.full[None], grid.take(grid.nearest(np.stack(ramps)))])
         rows = np.concatenate([planned, grid.sample(2 * count, self.rng)])
         # Half as many again as wanted: some become equal once they are repaired.
         rows = rows[: max(count, len(given)) + count // 2]
         return self.different(self.budget.repair(self.space, rows, self.rng))[:count]
+
+    def fill(self, asked: Any) -> Any:
+        """A generation as pymoo asks for it, filled up with random choices where mating found too few new ones."""
+        from pymoo.core.population import Population
+
+        asked = Population.empty() if asked is None else asked
+        known = {*self.found, *row_keys(self.grid.take(asked.get("X")))} if len(asked) else {*self.found}
+        for _ in range(_FILL_TRIES):
+            missing = self.settings.population - len(asked)
+            if missing <= 0:
+                break
+            drawn = self.budget.repair(self.space, self.grid.sample(missing, self.rng), self.rng)
+            fresh = [key for key in dict.fromkeys(row_keys(drawn)) if key not in known]
+            known.update(fresh)
+            if fresh:
+                indices = self.grid.nearest(np.asarray(fresh, dtype=np.int64))
+                asked = Population.merge(asked, Population.new(X=indices))
+        return asked
 
     def different(self, choices: Widths) -> Indices:
         """Indices of the choices (N, G), each once, in their order."""
@@ -205,7 +227,7 @@ class _Evolution:
         objectives = [[loss if math.isfinite(loss) else worst for loss in losses]]
         if self.settings.minimise_ms:
             objectives.append(use.tolist())
-        _tell(algorithm, asked, np.asarray(objectives, dtype=np.float64).T)
+        tell(algorithm, asked, np.asarray(objectives, dtype=np.float64).T)
 
     def report(self, done: int) -> None:
         """Tell the caller how far it is."""
@@ -218,58 +240,3 @@ def _choice(key: tuple[int, ...]) -> WidthChoice:
     from hwsearch.graph.widths import WidthChoice
 
     return WidthChoice(key)
-
-
-def _algorithm(evolution: _Evolution, first: Indices) -> Any:
-    """pymoo's NSGA-II with our repair, for which everything scored so far is a duplicate."""
-    from pymoo.algorithms.moo.nsga2 import NSGA2
-    from pymoo.core.duplicate import DuplicateElimination
-    from pymoo.core.problem import Problem
-    from pymoo.core.repair import Repair
-    from pymoo.core.termination import NoTermination
-    from pymoo.operators.crossover.ux import UniformCrossover
-    from pymoo.operators.mutation.pm import PolynomialMutation
-
-    grid, settings = evolution.grid, evolution.settings
-
-    class IntoBudget(Repair):  # type: ignore[misc]
-        def _do(self, problem: Any, X: Any, **kwargs: Any) -> Any:
-            rounded = np.clip(np.rint(np.asarray(X, dtype=np.float64)).astype(np.int64), 0, grid.top)
-            return grid.nearest(evolution.budget.repair(evolution.space, grid.take(rounded), evolution.rng))
-
-    class Unseen(DuplicateElimination):  # type: ignore[misc]
-        def do(self, pop: Any, *others: Any, return_indices: bool = False, to_itself: bool = True) -> Any:
-            known = {key for other in others if len(other) for key in row_keys(grid.take(other.get("X")))}
-            fresh = []
-            for at, key in enumerate(row_keys(grid.take(pop.get("X"))) if len(pop) else ()):
-                if key not in known and key not in evolution.found:
-                    fresh.append(at)
-                known.add(key)
-            stale = sorted(set(range(len(pop))) - set(fresh))
-            return (pop[fresh], fresh, stale) if return_indices else pop[fresh]
-
-    algorithm = NSGA2(
-        pop_size=settings.population,
-        sampling=first,
-        crossover=UniformCrossover(prob=0.9),
-        mutation=PolynomialMutation(
-            prob=1.0, prob_var=settings.mutation or 1 / grid.groups, eta=settings.spread, at_least_once=True
-        ),
-        repair=IntoBudget(),
-        eliminate_duplicates=Unseen(),
-    )
-    # Each retry costs a round of repairs; where the space is nearly used up, a small generation is the better answer.
-    algorithm.mating.n_max_iterations = 6
-    problem = Problem(n_var=grid.groups, n_obj=2 if settings.minimise_ms else 1, xl=np.zeros(grid.groups), xu=grid.top)
-    # With a seed pymoo draws from a generator of its own; without one it would ask the operating system.
-    algorithm.setup(problem, termination=NoTermination(), seed=evolution.seed, verbose=False)
-    return algorithm
-
-
-def _tell(algorithm: Any, asked: Any, objectives: Floats) -> None:
-    """Hand the objectives (N, M) back to pymoo."""
-    from pymoo.core.evaluator import Evaluator
-    from pymoo.problems.static import StaticProblem
-
-    Evaluator().eval(StaticProblem(algorithm.problem, F=objectives), asked)
-    algorithm.tell(infills=asked)

@@ -45,16 +45,21 @@ def test_use_and_violation_take_the_worst_limit(toy: Any) -> None:
     np.testing.assert_allclose(budget.use(rows), times / (times[1] / 2))
     assert budget.feasible(rows).tolist() == [True, False]
     np.testing.assert_allclose(budget.violation(rows), [0.0, 1.0])
+    # A budget is kept up to exactly its limit, and not a little further.
+    assert Budget([Limit(latency, times[0])]).feasible(rows[:1]).tolist() == [True]
+    assert Budget([Limit(latency, times[0] * (1 - 1e-9))]).feasible(rows[:1]).tolist() == [False]
     assert budget.evaluate(np.zeros((0, 2), dtype=np.int64)).shape == (0, 2)
 
 
-def test_a_prediction_that_is_no_number_never_fits() -> None:
+def test_a_prediction_that_is_no_number_never_fits(toy: Any) -> None:
     class Broken:
         def evaluate(self, choices: np.ndarray) -> np.ndarray:
             return np.full(len(choices), np.nan)
 
     budget = Budget([Limit(Broken(), 1.0)])
     assert budget.feasible(np.asarray([[1]])).tolist() == [False]
+    with pytest.raises(InfeasibleBudgetError, match="finite predicted time"):
+        budget.check_reachable(toy.space())
 
 
 def test_a_quantile_compares_the_upper_side_of_the_interval(toy: Any) -> None:
@@ -106,6 +111,19 @@ def test_the_budget_that_the_refusal_names_is_enough(toy: Any) -> None:
         Budget([Limit(latency, 1e-3)]).check_reachable(space)
     named = float(str(caught.value).split("at least ")[1].split(" ms")[0])
     Budget([Limit(latency, named)]).check_reachable(space)
+
+
+def test_what_was_asked_before_changes_no_repair(toy: Any) -> None:
+    """A resumed run may ask in another order than the unbroken one."""
+    space = toy.space([[2, 10, 16, 24, 32]] * 5)
+    rows = WidthGrid.of(space).sample(20, np.random.default_rng(0))
+    repaired = []
+    for asked_first in (False, True):
+        budget = toy.budget(space, 0.2, toy.Staircase(bump=2))
+        if asked_first:
+            budget.reachable(space)
+        repaired.append(budget.repair(space, rows, np.random.default_rng(1)))
+    np.testing.assert_array_equal(*repaired)
 
 
 def in_space(space: Any, rows: np.ndarray) -> bool:

@@ -15,6 +15,7 @@ from hwsearch.errors import AnswerIsNo, InfeasibleBudgetError, InputError, Schem
 from hwsearch.graph.widths import WidthChoice
 from hwsearch.search import baselines
 from hwsearch.search.evolution import EvolutionSettings, evolve
+from hwsearch.search.genetic import mutate
 from hwsearch.search.journal import Journal
 from hwsearch.search.scores import Scores
 
@@ -50,6 +51,32 @@ def test_every_scored_choice_keeps_the_budget_and_is_scored_once(toy: Any) -> No
     assert result.best.predicted_ms == budget.evaluate(np.asarray([result.best.choice.widths]))[0, 0]
 
 
+def test_no_generation_is_spent_on_what_was_scored_before(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    plain = Scores.__call__
+
+    def watched(self: Scores, choices: np.ndarray, report: Any) -> list[float]:
+        asked.extend(tuple(row) for row in choices.tolist())
+        return plain(self, choices, report)
+
+    monkeypatch.setattr(Scores, "__call__", watched)
+    space = toy.space([[8, 16, 24, 32]] * 4)
+    evolve(space, toy.budget(space, 1.0), toy.score, EvolutionSettings(population=6, generations=25), seed=0)
+    assert len(asked) == len(set(asked)) >= 140
+
+
+def test_mutation_moves_at_least_one_width_and_stays_inside() -> None:
+    top = np.asarray([0, 1, 3, 15])
+    rows = np.random.default_rng(0).integers(0, top + 1, size=(400, 4))
+    for chance in (None, 1e-6, 1.0):
+        moved = mutate(rows, top, chance, 0.15, np.random.default_rng(1))
+        assert ((moved >= 0) & (moved <= top)).all()
+        assert (moved != rows).any(axis=1).all()
+        assert (moved[:, 0] == 0).all()
+    nothing = np.zeros((3, 2), dtype=np.int64)
+    np.testing.assert_array_equal(mutate(nothing, np.asarray([0, 0]), None, 0.15, np.random.default_rng(1)), nothing)
+
+
 def test_it_beats_uniform_and_random(toy: Any) -> None:
     space = toy.space(groups=10, units=64, step=8)
     budget = toy.budget(space, 0.4)
@@ -83,6 +110,12 @@ def test_choices_to_start_from_are_repaired_and_scored_first(toy: Any) -> None:
     result = evolve(space, budget, score, SMALL, seed=9, initial=[good.choice, space.full()])
     assert score.seen[0] == good.choice.widths
     assert result.best.loss <= good.loss
+
+
+def test_where_the_full_network_fits_it_is_tried(toy: Any) -> None:
+    space = toy.space()
+    result = evolve(space, toy.budget(space, 1.1), toy.score, SMALL, seed=0)
+    assert result.best.choice == space.full()
 
 
 def test_two_objectives_and_a_cap_on_evaluations(toy: Any) -> None:
@@ -220,7 +253,7 @@ def test_a_journal_in_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("population", 1), ("generations", 0), ("population", 2.5), ("evaluations", 0), ("mutation", 0.0), ("spread", 0.1),
+    [("population", 1), ("generations", 0), ("population", 2.5), ("evaluations", 0), ("mutation", 0.0), ("step", 0.0),
      ("score_batch", True)],
 )  # fmt: skip
 def test_wrong_settings_are_named(field: str, value: Any) -> None:

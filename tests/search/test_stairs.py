@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwsearch.errors import InputError
+from hwsearch.graph.widths import WidthGroup, WidthSpace
 from hwsearch.search.budget import Budget, Limit
 from hwsearch.search.stairs import _edges, stair_edges
 
@@ -48,6 +49,18 @@ def test_a_group_that_costs_nothing_keeps_its_full_width(toy: Any) -> None:
 
     space = toy.space(groups=2)
     assert stair_edges(space, Budget([Limit(FirstOnly(), 1.0)])).edges[1] == (32,)
+
+
+def test_a_saving_that_only_shows_beside_narrower_groups_counts() -> None:
+    class Hidden:
+        """The second group costs time only where the first is narrow (the runtime picks kernels by shape)."""
+
+        def evaluate(self, choices: np.ndarray) -> np.ndarray:
+            return choices[:, 0] * 1.0 + np.where(choices[:, 0] < 32, choices[:, 1], 32)
+
+    groups = [WidthGroup(name, 32, 8, 8, (), (), (8, 16, 24, 32)) for name in ("a", "b")]
+    space = WidthSpace(tuple(groups), network=None)  # type: ignore[arg-type]
+    assert stair_edges(space, Budget([Limit(Hidden(), 50.0)])).edges[1] == (8, 16, 24, 32)
 
 
 def test_snapping_widens_and_never_slows(toy: Any) -> None:
