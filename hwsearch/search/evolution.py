@@ -173,7 +173,7 @@ class Evolution:
         return EvolutionResult(ranked, ranked[0], generation)
 
     def first_choices(self, given: Widths) -> Indices:
-        """Where evolution starts, in the budget: the caller's, the full network scaled, ramps over depth, random ones."""
+        """Where evolution starts, in the budget: the caller's, the full network scaled, ramps over depth, random."""
         grid, count = self.grid, self.settings.population
         depth = np.linspace(0, 1, grid.groups)
         ramps = [grid.full * (a + (b - a) * depth) for a, b in ((0.3, 1.0), (1.0, 0.3), (0.5, 0.9), (0.9, 0.5))]
