@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hwsearch.deploy.reader import read_bundle
@@ -28,11 +29,9 @@ def bundle_page(folder: Path) -> Page:
         bundle.name, bundle.predicted_ms, measured_ms=bundle.measured_ms, budget_ms=bundle.budget_ms,
         macs=bundle.macs, parameters=bundle.parameters,
     )  # fmt: skip
-    run = RunData(
-        folder=folder, name=bundle.name, method="", device=bundle.device, model="", metric_name="accuracy",
-        budget_ms=bundle.budget_ms, rows=(row,), candidates=(), curves=(), verdict=verdict, manifest={}, settings={},
-        result={}, seconds=(), problems=(),
-    )  # fmt: skip
+    run = RunData(folder, bundle.name, device=bundle.device, budget_ms=bundle.budget_ms, rows=(row,))
+    if verdict is not None:
+        run = replace(run, verdict=verdict, status=verdict.status)
     page = Page(f"{bundle.name} · hwsearch", [f"bundle {bundle.name}", bundle.device])
     page.add(hero(run))
     page.add(cards(run))

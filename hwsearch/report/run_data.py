@@ -6,23 +6,28 @@ Files and fields that are looked at::
     summary.json            rows[] (or a list): name, predicted_ms, low_ms, high_ms, measured_ms, raw_p50_ms, budget_ms,
                             macs, parameters, accuracy or metric, widths (list or {group: width}),
                             kernels[] {node, family, ms}; beside rows: model, device, ...
+                            metric_name, groups (for widths that are a list), status (where there is no verdict.json)
     events.jsonl            anything with a step or epoch and a loss or metric; or history: [[step, loss], ...]
+    state/*/checkpoint.safetensors      the training history in its header
     bundle/manifest.json, bundle/verdict.json
     config.json             settings
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hwsearch.deploy.verdict import Verdict
+from hwsearch.deploy.verdict import STATUSES, Verdict
 from hwsearch.errors import SchemaError
 from hwsearch.report.values import items, mapping, number, positive, read_json, read_json_lines, word
 
 _METRICS = ("metric", "accuracy", "valid_accuracy", "valid_metric", "top1")
+_MAX_HEADER_BYTES = 16 << 20
 _LOSSES = ("loss", "train_loss", "valid_loss")
 
 
@@ -81,20 +86,21 @@ class RunData:
 
     folder: Path
     name: str
-    method: str
-    device: str
-    model: str
-    metric_name: str
-    budget_ms: float | None
-    rows: tuple[Row, ...]
-    candidates: tuple[CandidatePoint, ...]
-    curves: tuple[Curve, ...]
-    verdict: Verdict | None
-    manifest: dict[str, Any]
-    settings: dict[str, Any]
-    result: dict[str, Any]
-    seconds: tuple[tuple[str, float], ...]
-    problems: tuple[str, ...]
+    method: str = ""
+    device: str = ""
+    model: str = ""
+    metric_name: str = "accuracy"
+    budget_ms: float | None = None
+    rows: tuple[Row, ...] = ()
+    candidates: tuple[CandidatePoint, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    verdict: Verdict | None = None
+    status: str = ""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    seconds: tuple[tuple[str, float], ...] = ()
+    problems: tuple[str, ...] = ()
 
     def row(self, name: str) -> Row | None:
         """The row of that name, whatever its case."""
@@ -129,33 +135,48 @@ def read_run(folder: Path) -> RunData:
         except SchemaError as error:
             problems.append(str(error))
     limit = mapping(next(iter(items(result.get("limits"))), None))
-    groups = [word(name, "?") for name in items(result.get("groups"))]
+    groups = [word(name, "?") for name in items(result.get("groups")) or items(head.get("groups"))]
     listed = items(summary) or items(head.get("rows")) or items(head.get("networks"))
-    rows = tuple(_row(mapping(row), groups) for row in listed if isinstance(row, dict))
+    own = {**limit, "budget_ms": limit.get("max_ms"), "name": "found"}
+    rows = tuple(_row(_completed(row, own), groups) for row in listed if isinstance(row, dict))
     if not rows and result:
-        rows = (
-            _row({"name": "found", **result, **limit, "budget_ms": limit.get("max_ms")} | {"name": "found"}, groups),
-        )
+        rows = (_row({**result, **own}, groups),)
     budget = positive(limit.get("max_ms")) or positive(manifest.get("budget_ms")) or positive(head.get("budget_ms"))
-    device = word(head.get("device")) or word(manifest.get("device")) or word(limit.get("name"))
+    device = word(head.get("device")) or word(manifest.get("device")) or _named(settings.get("device"), "name")
+    status = verdict.status if verdict else word(head.get("status"))
+    curves = tuple(_curves(events))
+    known = {curve.name for curve in curves}
     return RunData(
         folder=folder,
         name=folder.resolve().name,
         method=word(result.get("method")) or word(head.get("method")),
-        device=device or word(settings.get("device")),
-        model=word(head.get("model")) or word(settings.get("model")),
+        device=device or word(limit.get("name")),
+        model=word(head.get("model")) or _named(settings.get("model"), "factory"),
         metric_name=word(head.get("metric_name"), "accuracy"),
         budget_ms=budget or next((row.budget_ms for row in rows if row.budget_ms), None),
         rows=rows,
         candidates=tuple(_candidates(result.get("candidates"))),
-        curves=tuple(_curves(events)),
+        curves=curves + tuple(c for c in _checkpoint_curves(folder / "state") if c.name not in known),
         verdict=verdict,
+        status=status if status in STATUSES else "",
         manifest=manifest,
         settings=settings,
         result=result,
         seconds=tuple(_seconds(events)),
         problems=tuple(problems),
     )
+
+
+def _named(value: object, key: str) -> str:
+    """A name that is given as itself or as a section with a field for it."""
+    return word(value) or word(mapping(value).get(key))
+
+
+def _completed(row: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The found network's row with the interval that only the search's result has."""
+    if row.get("name") != "found" or "low_ms" in row:
+        return row
+    return {**row, "low_ms": own.get("low_ms"), "high_ms": own.get("high_ms")}
 
 
 def _row(data: dict[str, Any], groups: list[str]) -> Row:
@@ -207,6 +228,19 @@ def _curves(events: list[dict[str, Any]]) -> Iterable[Curve]:
     for (name, quantity), points in found.items():
         if len(points) > 1:
             yield Curve(name, quantity, tuple(sorted(points.items())))
+
+
+def _checkpoint_curves(state: Path) -> Iterable[Curve]:
+    """The loss history that each training keeps in the header of its checkpoint; weights are not read."""
+    for path in sorted(state.glob("*/checkpoint.safetensors")) if state.is_dir() else ():
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size)) if size <= _MAX_HEADER_BYTES else {}
+            stored = json.loads(str(mapping(mapping(header).get("__metadata__")).get("hwsearch")))
+            points = dict(_points(mapping(mapping(stored).get("notes")).get("history")))
+            if len(points) > 1:
+                yield Curve(path.parent.name, "loss", tuple(sorted(points.items())))
 
 
 def _points(history: object) -> Iterable[tuple[float, float]]:

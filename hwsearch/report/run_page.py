@@ -45,9 +45,7 @@ def run_page(run: RunData, table_folder: Path | None) -> Page:
 
 def judged(run: RunData) -> tuple[str, str]:
     """(state, word): the verdict where the bundle was verified, else "" and what is known."""
-    if run.verdict is None:
-        return "", "Not verified"
-    return run.verdict.status, _STATES[run.verdict.status]
+    return run.status, _STATES.get(run.status, "Not verified")
 
 
 def measured(run: RunData) -> float | None:
@@ -106,7 +104,7 @@ def cards(run: RunData) -> str:
         card("Budget", ms(budget), "ms" if budget else "", where),
         card("Predicted", ms(predicted), "ms" if predicted else "", _prediction_line(found, predicted, time), "accent"),
         card("Measured", ms(time), "ms" if time else "", about, state or "accent"),
-        card("Verdict", word, "", _verdict_line(verdict), state),
+        card("Verdict", word, "", _verdict_line(verdict, state), state),
     ]
     return f'<section class="cards">{"".join(pieces)}</section>'
 
@@ -120,9 +118,9 @@ def _prediction_line(found: Row | None, predicted: float | None, time: float | N
     return "; ".join(words)
 
 
-def _verdict_line(verdict: Verdict | None) -> str:
+def _verdict_line(verdict: Verdict | None, state: str) -> str:
     if verdict is None:
-        return "run hwsearch verify on the bundle"
+        return "details are in no verdict.json" if state else "run hwsearch verify on the bundle"
     words = "agree" if verdict.numerics.ok else "differ"
     return f"outputs {words}: relative error {verdict.numerics.max_relative_error:.1e}"
 
@@ -135,7 +133,8 @@ def comparison(run: RunData) -> str:
     rows = []
     for row in run.rows:
         budget = row.budget_ms if row.budget_ms is not None else (run.budget_ms if row is run.found else None)
-        over = row.measured_ms is not None and budget is not None and row.measured_ms > budget
+        judged_row = row is not run.full  # nobody asks the full network to keep the budget
+        over = judged_row and row.measured_ms is not None and budget is not None and row.measured_ms > budget
         time = f'<span class="over">{ms(row.measured_ms)}</span>' if over else ms(row.measured_ms)
         if row.raw_p50_ms is not None:
             time += f'<span class="minor">raw {ms(row.raw_p50_ms)}</span>'
@@ -143,7 +142,15 @@ def comparison(run: RunData) -> str:
         if row.low_ms is not None and row.high_ms is not None:
             predicted += f'<span class="minor">{ms(row.low_ms)} to {ms(row.high_ms)}</span>'
         rows.append(
-            [text(row.name), predicted, time, ms(budget), count(row.macs), count(row.parameters), _metric(run, row)]
+            [
+                text(row.name),
+                predicted,
+                time,
+                ms(budget if judged_row else None),
+                count(row.macs),
+                count(row.parameters),
+                _metric(run, row),
+            ]
         )
     note = "Bars: measured milliseconds (pale: predicted, not measured). Dark mark: the prediction with its interval."
     stressed = run.found.name if run.found else ""

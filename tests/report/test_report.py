@@ -303,3 +303,35 @@ def test_a_browser_draws_every_figure(run_folder: Path, tmp_path: Path) -> None:
     assert f'data-drawn="{expected}"' in done.stdout
     assert done.stdout.count('class="main-svg"') >= expected
     assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+
+
+def test_files_as_a_run_writes_them(run_folder: Path) -> None:
+    """Widths as lists, model and device as sections, curves in checkpoints, a status without a verdict file."""
+    from hwsearch.train.checkpoint import save
+
+    result = json.loads((run_folder / "result.json").read_text())
+
+    def edit(summary: Any) -> None:
+        del summary["model"], summary["device"]
+        summary |= {"groups": result["groups"], "status": "conditional"}
+        for row in summary["rows"]:
+            row["widths"] = list(row["widths"].values())
+            for key in ("low_ms", "high_ms", "kernels"):
+                del row[key]
+
+    change(run_folder / "summary.json", edit)
+    settings = {"model": {"factory": "hwsearch.models:tiny"}, "device": {"name": "x86-ort-1t"}}
+    change(run_folder / "config.json", lambda config: config.update(settings=settings))
+    (run_folder / "bundle/verdict.json").unlink()
+    (run_folder / "events.jsonl").unlink()
+    history = [[step, 2.0 / (1 + step)] for step in range(1, 30)]
+    save(run_folder / "state/winner/checkpoint.safetensors", {}, step=30, identity={}, notes={"history": history})
+    (run_folder / "state/torn").mkdir()
+    (run_folder / "state/torn/checkpoint.safetensors").write_bytes(b"\xff" * 40)
+    page, outline = read(report(run_folder))
+    assert "hwsearch.models:tiny" in outline.text
+    assert 'class="pill conditional"' in page
+    assert "1.36 to 1.58" in outline.text  # the interval of the search's result
+    assert "192 / 256" in page
+    names = [trace.get("name") for figure in figures(page).values() for trace in figure["data"]]
+    assert "winner" in names
