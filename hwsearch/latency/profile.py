@@ -1,7 +1,7 @@
 """``profile``: the campaign. A plan's networks are timed on the device and committed to a journal one by one.
 
-The plan is worked off in batches of fixed places, and the time limit is asked between batches against the *device seconds
-in the journal*. So a campaign that was killed and started again measures the same networks as an unbroken one; on the
+The plan is worked off in batches of fixed places, and the time limit is asked between batches against the *device
+seconds in the journal*. So a campaign that was killed and started again measures the same networks as an unbroken one; on the
 simulated device its table is the same byte for byte.
 """
 
@@ -98,8 +98,8 @@ def _bind(journal: Journal, device: Device, check: DeviceCheck) -> None:
         stored = journal.meta.setdefault(name, value)
         if stored != value:
             raise InputError(
-                f"{journal.path} was made with {name} {stored}, the device now has {value}: profile with --no-resume to "
-                f"start again, or delete {device.table_folder}"
+                f"{journal.path} was made with {name} {stored}, the device now has {value}: "
+                f"profile with --no-resume to start again, or delete {device.table_folder}"
             )
 
 
