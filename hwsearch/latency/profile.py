@@ -1,8 +1,8 @@
 """``profile``: the campaign. A plan's networks are timed on the device and committed to a journal one by one.
 
 The plan is worked off in batches of fixed places, and the time limit is asked between batches against the *device
-seconds in the journal*. So a campaign that was killed and started again measures the same networks as an unbroken one; on the
-simulated device its table is the same byte for byte.
+seconds in the journal*. So a campaign that was killed and started again measures the same networks as an unbroken
+one; on the simulated device its table is the same byte for byte.
 """
 
 from __future__ import annotations
