@@ -5,7 +5,7 @@ local device runs this as a subprocess, so that a runtime that crashes on a netw
 Standard library, numpy and the device's own runtime; no torch.
 
 A request is ``{"id", "job", "device", ...}``; each answer carries the id and an ``event``; ``done`` or ``error`` ends a
-job, ``alive`` says only that work goes on:
+job, ``alive`` says only that work goes on, ``ready`` that the agent has started:
 
     probe      {}                                                   -> done {fingerprint}
     optimise   {networks: [path]}                                   -> optimised {index, path} ..., done
@@ -231,7 +231,7 @@ def serve() -> None:
         os._exit(0)  # the host is done with us, or dead
 
     threading.Thread(target=listen, daemon=True).start()
-    number = 0
+    number = -1
 
     def answer(event: str, **fields: Any) -> None:
         try:
@@ -239,6 +239,7 @@ def serve() -> None:
         except BrokenPipeError:
             os._exit(0)
 
+    answer("ready")
     jobs = Jobs(answer)
     while (line := requests.get()) is not None:
         request = json.loads(line)

@@ -197,10 +197,12 @@ class Reader:
             family = "conv_transpose"
         elif groups > 1:
             family = "depthwise" if groups == in_channels else "grouped"
-        elif in_channels < self.block and (plain_in or layout == "nchw") and kernel != (1, 1):
+        elif kernel == (1, 1):
+            family = "pointwise"
+        elif plain_in and (layout == "nchwc" or in_channels <= 4):
             family = "conv_first"
         else:
-            family = "pointwise" if kernel == (1, 1) else "conv"
+            family = "conv"
         return family, fields, (main[0], out_channels, *space), layout
 
     def _reorder(self, node: Any, attributes: dict[str, Any], main: Shape) -> tuple[str, dict[str, Any], Shape, str]:
@@ -297,7 +299,8 @@ class Reader:
                 weight = self.shapes[node.input[1]]
                 groups = next((item.i for item in node.attribute if item.name == "group"), 1)
                 return int(weight[1] * groups)
-        return -(-channels // self.block) * self.block
+        # only convolutions pad; pooling and the like are blocked only where whole blocks come in
+        return channels if channels % 8 == 0 else -(-channels // self.block) * self.block
 
     def _block(self) -> int:
         """Channels per block: the largest power of two up to 16 that divides every blocked convolution's outputs."""

@@ -42,6 +42,9 @@ ErrorHandler = Callable[[str, HwsearchError], None]
 _JOB_BYTES = 128 << 20
 _JOB_NETWORKS = 64
 
+#: A busy machine takes its time to start a process.
+_START_S = 60.0
+
 
 def open_session(
     device: Device | str, *, message: Callable[[str], None] | None = None, timeout_s: float = 180.0
@@ -268,6 +271,7 @@ class DeviceSession:
             one event per network that worked, ``index`` counted in ``items``.
         """
         left = list(range(len(items)))
+        unexplained = 0
         while left:
             sent = list(left)  # the agent counts within what it was sent
             request = request | {"networks": [items[index] for index in sent], "folder": str(folder)}
@@ -286,23 +290,15 @@ class DeviceSession:
                 if left:
                     raise InternalError(f"the agent ended the job {job} without a word on {len(left)} networks")
             except AgentGone as gone:
-                index = self._blamed(folder, sent, left, gone)
-                left.remove(index)
-                fail(names[index], DeviceJobError(f"network {names[index]!r}: {gone}"))
-
-    def _blamed(self, folder: Path, sent: list[int], left: list[int], gone: AgentGone) -> int:
-        """The network that the agent was at when it ended.
-
-        Raises:
-            DeviceJobError: it was at none: the agent or the canary itself does not work on this device.
-        """
-        try:
-            index = int((folder / "current").read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            index = -1
-        if not 0 <= index < len(sent) or sent[index] not in left:
-            raise DeviceJobError(f"device {self.device.name}: {gone}, at none of the networks") from None
-        return sent[index]
+                blamed = _blamed(folder, sent, left)
+                if blamed is not None:
+                    left.remove(blamed)
+                    fail(names[blamed], DeviceJobError(f"network {names[blamed]!r}: {gone}"))
+                    continue
+                # it ended at the canary or between two networks: killed from outside, or it does not work at all
+                unexplained = 0 if len(left) < len(sent) else unexplained + 1
+                if unexplained > 1:
+                    raise DeviceJobError(f"device {self.device.name}: job {job}: {gone}, at no network") from None
 
     def _single(self, job: str, request: dict[str, Any]) -> dict[str, Any]:
         """The last answer of a job that has one."""
@@ -316,11 +312,12 @@ class DeviceSession:
         """Answers until the job is done; an abandoned job ends the agent, which would go on with it."""
         if self._busy:
             raise InternalError("a job was asked for while another one's iterator is still open")
-        if self._agent is None:
-            self._agent = LocalTransport()
         self._number += 1
         self._busy, finished = True, False
         try:
+            if self._agent is None:
+                self._agent = LocalTransport()
+                self._agent.receive(max(self._timeout_s, _START_S))  # "ready"
             self._agent.send({"id": self._number, "job": job, "device": self.device.to_dict(), **request})
             while not finished:
                 event = self._agent.receive(self._timeout_s)
@@ -400,3 +397,12 @@ def _jobs(networks: Sequence[bytes]) -> Iterator[tuple[int, int]]:
             count += 1
         yield start, count
         start += count
+
+
+def _blamed(folder: Path, sent: list[int], left: list[int]) -> int | None:
+    """The network that the agent was at when it ended, or None when it was at none."""
+    try:
+        index = int((folder / "current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return sent[index] if 0 <= index < len(sent) and sent[index] in left else None

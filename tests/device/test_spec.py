@@ -58,7 +58,10 @@ def test_an_unknown_device_lists_the_known_ones() -> None:
     [
         ("runtime = ", r"mine.toml: is not valid TOML"),
         ("", r"mine.toml: runtime: Field required"),
-        ('runtime = "tensorflow"', r"mine.toml: runtime: Input should be 'onnxruntime' or 'simulated' \(found 'tensorflow'\)"),
+        (
+            'runtime = "tensorflow"',
+            r"mine.toml: runtime: Input should be 'onnxruntime' or 'simulated' \(found 'tensorflow'\)",
+        ),
         ('runtime = "simulated"\nthreads = 0', r"mine.toml: threads: .*greater than or equal to 1 \(found 0\)"),
         ('runtime = "simulated"\nthreads = "two"', r"mine.toml: threads: .*valid integer \(found 'two'\)"),
         ('runtime = "simulated"\nprecision = "int3"', r"mine.toml: precision: "),
@@ -88,7 +91,9 @@ def test_a_name_is_a_file_name_and_no_path(name: str) -> None:
         Device(name=name, runtime="simulated")
 
 
-@pytest.mark.parametrize("fields", [{"runtime": "cuda"}, {"precision": "int4"}, {"transport": "pigeon"}, {"threads": 1.5}])
+@pytest.mark.parametrize(
+    "fields", [{"runtime": "cuda"}, {"precision": "int4"}, {"transport": "pigeon"}, {"threads": 1.5}]
+)
 def test_a_device_made_in_code_is_checked_too(fields: dict) -> None:
     with pytest.raises(InputError, match=next(iter(fields))):
         Device(**({"name": "d", "runtime": "simulated"} | fields))

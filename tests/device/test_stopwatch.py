@@ -28,7 +28,9 @@ CANARY_MS = 0.8
 class Machine:
     """A clock that only the machine's own work moves; ``speed(seconds)`` is time per work."""
 
-    def __init__(self, speed: Callable[[float], float] = lambda now: 1.0, noise: float = 0.0, cold_ms: float = 0.0) -> None:
+    def __init__(
+        self, speed: Callable[[float], float] = lambda now: 1.0, noise: float = 0.0, cold_ms: float = 0.0
+    ) -> None:
         self.now = 0
         self.speed, self.noise, self.cold_ms = speed, noise, cold_ms
         self.rng = np.random.default_rng(1)
