@@ -1,20 +1,93 @@
-"""The predictor's error card as a section: how far its predictions of unseen networks were off on this device."""
+"""The predictor's error card as a section: how far its predictions of unseen networks were off on this device.
+
+Read from ``predictor/`` of the device's table folder: ``card.json`` (an ``ErrorCard``; with ``points``, a list of
+[measured ms, predicted ms, source], it is drawn as a scatter) and the held-out ``log_errors`` of ``manifest.json``.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hwsearch.report import figures
-from hwsearch.report.page import Page, absent, panel, percent, plural, table, text
+from hwsearch.report.page import Page, absent, halves, panel, percent, plural, table, text
 from hwsearch.report.values import items, mapping, number, positive, read_json, word
+
+_TITLE = "How good the prediction is"
+_ROWS = (
+    ("unseen", "networks not seen in the fit"),
+    ("unseen_family", "whole families not seen in the fit"),
+    ("macs_line", "for comparison: a line through the MACs"),
+)
 
 
 def card_section(page: Page, table_folder: Path | None) -> str:
-    """Scatter of predicted against measured, error by family, and the summary numbers, where there is a card."""
-    title = "How good the prediction is"
+    """Error of held-out networks beside the noise floor and the simplest rival, and error by kernel family."""
     problems: list[str] = []
-    card = mapping(read_json(table_folder / "predictor" / "card.json", problems)) if table_folder else {}
-    if not card:
-        why = problems[0] if problems else "No predictor card is there: fit a predictor on this device's table first."
-        return panel(title, "", absent(why))
-    return panel(title, "", text(card))
+    folder = table_folder / "predictor" if table_folder else None
+    card = mapping(read_json(folder / "card.json", problems)) if folder else {}
+    manifest = mapping(read_json(folder / "manifest.json", problems)) if folder else {}
+    unseen = mapping(card.get("unseen"))
+    if not unseen:
+        why = problems[0] if problems else "No predictor card (card.json) is beside the device's table."
+        return panel(_TITLE, "", absent(why))
+    floor = number(card.get("noise_floor"))
+    drawn = page.figure(_unseen_figure(card, manifest), "Predictions of held-out networks against their measurements")
+    errors = {str(f)[:60]: e for f, r in mapping(card.get("by_family")).items() if (e := _share(r, "mape")) is not None}
+    families = page.figure(figures.error_by_family(errors, floor), "Mean error by kernel family") if errors else ""
+    return panel(_TITLE, _sentence(card, unseen, floor), _table(card), halves(drawn, families))
+
+
+def _sentence(card: Mapping[str, Any], unseen: Mapping[str, Any], floor: float | None) -> str:
+    words = [f"Mean error {percent(_share(unseen, 'mape'))} on networks that the predictor had not seen"]
+    if (rival := _share(card.get("macs_line"), "mape")) is not None:
+        words.append(f"; counting MACs instead is off by {percent(rival)}")
+    if floor is not None:
+        words.append(f". The device itself repeats a measurement to {percent(floor)}")
+    networks, kernels = positive(card.get("networks")), positive(card.get("kernels"))
+    if networks and kernels:
+        words.append(f". Fitted on {plural(int(networks), 'network')}, {plural(int(kernels), 'kernel')}")
+    return "".join(words) + "."
+
+
+def _table(card: Mapping[str, Any]) -> str:
+    rows = []
+    for key, name in _ROWS:
+        row = mapping(card.get(key))
+        if not row:
+            continue
+        rank, count = number(row.get("spearman")), positive(row.get("count"))
+        rows.append(
+            [
+                text(name),
+                f"{count:,.0f}" if count else "–",
+                percent(_share(row, "mape")),
+                percent(_share(row, "within_5"), 0),
+                percent(_share(row, "within_10"), 0),
+                "–" if rank is None else f"{rank:.3f}",
+                percent(_share(row, "coverage"), 0),
+            ]
+        )
+    head = ["", "networks", "mean error", "within 5 %", "within 10 %", "rank correlation", "in 90 % interval"]
+    return table(head, rows, stack=True)
+
+
+def _share(row: object, key: str) -> float | None:
+    value = number(mapping(row).get(key))
+    return value if value is not None and value >= 0 else None
+
+
+def _unseen_figure(card: Mapping[str, Any], manifest: Mapping[str, Any]) -> figures.Figure | None:
+    """Predicted against measured where the card has the points, else how the errors are distributed."""
+    points = []
+    for entry in items(card.get("points")):
+        if isinstance(entry, list) and len(entry) >= 2:
+            measured, predicted = positive(entry[0]), positive(entry[1])
+            if measured is not None and predicted is not None:
+                points.append((measured, predicted, word(entry[2], "network") if len(entry) > 2 else "network"))
+    if points:
+        return figures.predicted_against_measured(points)
+    logs = [value for e in items(manifest.get("log_errors")) if (value := number(e)) is not None and abs(value) < 10]
+    return figures.error_distribution([math.exp(-value) - 1 for value in logs]) if len(logs) > 1 else None

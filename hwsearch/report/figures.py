@@ -61,7 +61,7 @@ def _figure(
             "bordercolor": "#c9cfd9",
             "font": {"family": _FONT, "size": 13, "color": INK},
         },
-        "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom", "font": {"size": 13}},
+        "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom", "traceorder": "normal"},
         "showlegend": True,
         "xaxis": _axis(x),
         "yaxis": _axis(y),
@@ -163,11 +163,14 @@ def families(rows: Sequence[Row], title: str = "predicted ms") -> Figure:
     names = sorted({name for total in totals for name in total}, key=lambda n: -max(t.get(n, 0.0) for t in totals))
     data = []
     for at, (row, total) in enumerate(zip(rows, totals, strict=True)):
-        colour = colour_of(row.name) or _OTHERS[at % len(_OTHERS)]
+        colour: Any = colour_of(row.name) or _OTHERS[at % len(_OTHERS)]
+        if len(rows) == 1:  # nothing to tell apart but the families themselves
+            colour = [FAMILY_COLOURS.get(n, FAMILY_COLOURS["other"]) for n in names]
         places, lengths = [label(n, 24) for n in names], [total.get(n, 0.0) for n in names]
         data.append(_bars(label(row.name, 24), places, lengths, colour, "%{y}: %{x:.3g} ms<extra></extra>"))
     height = max(80 + (16 * len(rows) + 14) * len(names), 180)
-    return _figure(data, {"title": title}, _NAMES_DOWN, height, barmode="group", bargap=0.35)
+    legend = len(rows) > 1
+    return _figure(data, {"title": title}, _NAMES_DOWN, height, barmode="group", bargap=0.35, showlegend=legend)
 
 
 def _by_family(kernels: Sequence[KernelTime]) -> dict[str, float]:
@@ -195,8 +198,7 @@ def kernels(row: Row) -> Figure:
             }
         )
     x = {"title": "kernel, in order of execution", "showgrid": False}
-    legend = {"legend": {"traceorder": "normal"}}
-    return _figure(data, x, {"title": "predicted ms"}, 340, narrow=legend, bargap=0.25, barmode="stack")
+    return _figure(data, x, {"title": "predicted ms"}, 340, bargap=0.25, barmode="stack")
 
 
 def curves(found: Sequence[Curve], quantity: str, title: str) -> Figure | None:
@@ -208,7 +210,8 @@ def curves(found: Sequence[Curve], quantity: str, title: str) -> Figure | None:
         x, y = [place for place, _ in curve.points], [value for _, value in curve.points]
         hover = "%{x:.6g}: %{y:.4g}<extra>%{fullData.name}</extra>"
         data.append(_line(label(curve.name, 32), x, y, colour, hover=hover))
-    return _figure(data, {"title": "step"}, {"title": title}, 320, narrow_height=300) if data else None
+    axis = {"title": title, "tickformat": ".0%"} if title == "accuracy" else {"title": title}
+    return _figure(data, {"title": "step"}, axis, 320, narrow_height=300) if data else None
 
 
 # --- a device ---
@@ -223,8 +226,21 @@ def predicted_against_measured(points: Sequence[tuple[float, float, str]]) -> Fi
     hover = "measured %{x:.3g} ms, predicted %{y:.3g} ms<extra>%{fullData.name}</extra>"
     data += _by_source(points, hover)
     data.append({**_line("equal", [low, high], [low, high], INK), "showlegend": False})
-    log = {"type": "log", "range": [math.log10(low), math.log10(high)], "dtick": "D2"}
+    log = _log_axis(low, high)
     return _figure(data, {"title": "measured ms", **log}, {"title": "predicted ms", **log}, 430, narrow_height=420)
+
+
+def error_distribution(errors: Sequence[float]) -> Figure:
+    """Histogram of signed relative errors (predicted / measured - 1) of networks left out of the fit."""
+    width = 0.02
+    reach = min(max(abs(e) for e in errors), 0.5)
+    edge = math.ceil(reach / width + 0.5) + 0.5  # a bar is centred on zero
+    inside = [max(-reach, min(reach, e)) * 100 for e in errors]
+    bins = {"start": -edge * width * 100, "end": edge * width * 100, "size": width * 100}
+    bars = {"type": "histogram", "x": inside, "xbins": bins, "marker": {"color": FOUND}, "showlegend": False}
+    hover = {"hovertemplate": "%{x:.0f} %: %{y} networks<extra></extra>"}
+    x = {"title": "predicted against measured, %", "zeroline": True, "zerolinecolor": INK}
+    return _figure([{**bars, **hover}], x, {"title": "networks"}, 300, bargap=0.06)
 
 
 def error_by_family(errors: Mapping[str, float], noise_floor: float | None) -> Figure:
@@ -235,15 +251,24 @@ def error_by_family(errors: Mapping[str, float], noise_floor: float | None) -> F
     bars = _bars("", places, lengths, colours, "%{y}: %{x:.1f} %<extra></extra>", showlegend=False)
     mark = {} if noise_floor is None else _mark(noise_floor * 100, f"noise floor {noise_floor * 100:.1f} %", top=True)
     x = {"title": "mean absolute error, %", "rangemode": "tozero"}
-    return _figure([bars], x, _NAMES_DOWN, max(90 + 30 * len(names), 200), bargap=0.4, **mark)
+    return _figure([bars], x, _NAMES_DOWN, max(90 + 30 * len(names), 300), narrow_height=300, bargap=0.4, **mark)
 
 
 def macs_against_ms(points: Sequence[tuple[float, float, str]]) -> Figure:
     """Every measured network of a table: (MACs, measured ms, family it was drawn from)."""
     data = _by_source(points, "%{x:.3s} MACs, %{y:.3g} ms<extra>%{fullData.name}</extra>")
     x = {"title": "MACs", "type": "log", "dtick": "D2", "tickformat": "~s"}
-    y = {"title": "measured ms", "type": "log", "dtick": "D2"}
+    y = {"title": "measured ms", **_log_axis(min(t for _, t, _ in points) * 0.9, max(t for _, t, _ in points) * 1.1)}
     return _figure(data, x, y, 430, narrow_height=420)
+
+
+def _log_axis(low: float, high: float) -> dict[str, Any]:
+    """A logarithmic axis of milliseconds with whole labels: 0.1, 0.2, 0.5, 1 ..."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [factor * 10.0**power for power in decades for factor in (1, 2, 5)]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    span = [math.log10(low), math.log10(high)]
+    return {"type": "log", "range": span, "tickvals": shown, "ticktext": [f"{tick:.6g}" for tick in shown]}
 
 
 def _by_source(points: Sequence[tuple[float, float, str]], hover: str) -> list[Trace]:

@@ -104,6 +104,16 @@ def panel(title: str, note: str, *content: str) -> str:
     return f'<section class="panel"><h2>{text(title)}</h2>{paragraph}\n{inner}</section>'
 
 
+def halves(*content: str) -> str:
+    """Pieces side by side where there is room for two; empty ones are skipped."""
+    pieces = [piece for piece in content if piece]
+    return (
+        f'<div class="halves">{"".join(f"<div>{p}</div>" for p in pieces)}</div>'
+        if len(pieces) == 2
+        else "".join(pieces)
+    )
+
+
 def absent(why: str) -> str:
     """The one line that stands where data is missing."""
     return f'<p class="absent">{text(why)}</p>'

@@ -15,6 +15,7 @@ from hwsearch.report.page import (
     count,
     definitions,
     details,
+    halves,
     ms,
     panel,
     percent,
@@ -261,8 +262,8 @@ def training(page: Page, run: RunData) -> str:
         page.figure(figures.curves(run.curves, "metric", metric), f"Training {metric}"),
     ]
     if not any(drawn):
-        return panel("Training", "", absent("events.jsonl has no training curve."))
-    return panel("Training", "Each phase by its own steps.", *drawn)
+        return panel("Training", "", absent("No training curve is recorded."))
+    return panel("Training", "Each phase by its own steps.", halves(*drawn))
 
 
 def provenance(run: RunData) -> str:

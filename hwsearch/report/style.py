@@ -70,6 +70,7 @@ h1 { font-size: 34px; line-height: 1.18; letter-spacing: -.022em; margin: 14px 0
 .absent { color: var(--muted); margin: 6px 0 2px; font-size: 15px; }
 .split { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
 .split > .panel { margin-bottom: 14px; }
+.halves { display: grid; grid-template-columns: 1fr 1fr; gap: 24px; margin-top: 18px; } .halves > div { min-width: 0; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 600; color: var(--muted); font-size: 13px; padding: 6px 10px;
   border-bottom: 1px solid var(--line);
@@ -110,8 +111,10 @@ dl { display: grid; grid-template-columns: minmax(120px, max-content) 1fr; gap: 
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 code { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
 footer { color: var(--muted); font-size: 14px; padding: 14px 0 48px; }
-@media (max-width: 900px) { .cards { grid-template-columns: 1fr 1fr; } .split { grid-template-columns: 1fr; gap: 0;
-  } }
+@media (max-width: 900px) {
+  .cards { grid-template-columns: 1fr 1fr; }
+  .split, .halves { grid-template-columns: 1fr; gap: 0; }
+}
 @media (max-width: 640px) {
   .wrap { padding: 0 14px; }
   .hero { padding: 24px 0 20px; } h1 { font-size: 25px; } .lead { font-size: 16px; }
@@ -131,7 +134,7 @@ footer { color: var(--muted); font-size: 14px; padding: 14px 0 48px; }
   table.stack td[data-label]::before { content: attr(data-label); color: var(--muted); font-weight: 400;
     font-size: 13px; }
   td .minor { display: none; }
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 8px; }
+  dl { grid-template-columns: 104px 1fr; gap: 5px 12px; font-size: 14px; }
 }
 @media print { body { background: #fff; } .panel, .card { break-inside: avoid; } }
 """

@@ -10,7 +10,7 @@ from hwsearch.errors import HwsearchError
 from hwsearch.latency.table import LatencyTable
 from hwsearch.report import figures
 from hwsearch.report.card_section import card_section
-from hwsearch.report.page import Page, absent, card, count, definitions, ms, panel, percent, plural, table, text
+from hwsearch.report.page import Page, absent, card, definitions, ms, panel, percent, plural, table, text
 from hwsearch.report.run_data import KernelTime, Row
 
 
@@ -60,7 +60,7 @@ def _cards(measured: LatencyTable) -> str:
     span = f"{ms(min(times))} to {ms(max(times))} ms" if times else "none"
     pieces = [
         card("Networks", f"{len(times):,}", "", span, "accent"),
-        card("Kernels", count(measured.kernel_count), "", "executed nodes with their times"),
+        card("Kernels", f"{measured.kernel_count:,}", "", "executed nodes with their times"),
         card("Noise floor", percent(measured.noise_floor), "", "test-retest error, 95th percentile"),
         card(
             "Spread",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,41 @@ def write_run(folder: Path, *, status: str = "pass", candidates: int = 400) -> P
     return folder
 
 
+def write_card(table: Path, *, points: bool = False) -> Path:
+    """What `hwsearch fit` leaves in a table folder, as far as a report reads it."""
+    rng = np.random.default_rng(5)
+    logs = sorted(float(e) for e in rng.normal(0, 0.06, 240))
+
+    def errors(mape: float, count: int, coverage: float | None = None) -> dict[str, Any]:
+        within = {"within_5": 0.6, "within_10": 0.84, "spearman": 0.991, "coverage": coverage}
+        return {"count": count, "mape": mape, "rmspe": mape * 1.4, **within}
+
+    families = {"conv": 0.05, "pointwise": 0.11, "depthwise": 0.17, "reorder": 0.19, "gemm": 0.08, "pool": 0.02}
+    card = {
+        "device": "x86-ort-1t", "networks": 240, "kernels": 7200, "seconds": 150.0, "noise_floor": 0.043,
+        "unseen": errors(0.061, 240, 0.91), "unseen_family": errors(0.094, 240, 0.83), "macs_line": errors(0.318, 240),
+        "by_source": {"random:resnet": errors(0.05, 120, 0.92)}, "interval": 0.11,
+        "by_family": {family: errors(mape, 500) for family, mape in families.items()},
+    }  # fmt: skip
+    if points:
+        measured = np.exp(rng.uniform(-2, 1.5, len(logs)))
+        card["points"] = [
+            [float(m), float(m * math.exp(-e)), ("random:resnet", "random:mobile")[i % 2]]
+            for i, (m, e) in enumerate(zip(measured, rng.permutation(logs), strict=True))
+        ]
+    (table / "predictor").mkdir(parents=True)
+    (table / "predictor" / "card.json").write_text(json.dumps(card))
+    (table / "predictor" / "manifest.json").write_text(json.dumps({"log_errors": logs}))
+    return table
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A finished run whose network keeps its budget."""
     return write_run(tmp_path / "quickstart")
+
+
+@pytest.fixture
+def made_card() -> Callable[..., Path]:
+    """``write_card``, for tests."""
+    return write_card

@@ -171,7 +171,7 @@ def all_strings(value: Any) -> list[str]:
     [
         ("result.json", "result.json lists no candidates."),
         ("summary.json", "summary.json lists no kernels"),
-        ("events.jsonl", "events.jsonl has no training curve."),
+        ("events.jsonl", "No training curve is recorded."),
         ("bundle/verdict.json", "Not verified"),
         ("bundle/manifest.json", "Provenance"),
         ("config.json", "Provenance"),
@@ -335,3 +335,25 @@ def test_files_as_a_run_writes_them(run_folder: Path) -> None:
     assert "192 / 256" in page
     names = [trace.get("name") for figure in figures(page).values() for trace in figure["data"]]
     assert "winner" in names
+
+
+def test_the_predictors_card(run_folder: Path, tmp_path: Path, made_card: Callable[..., Path]) -> None:
+    for points, kind in ((False, "histogram"), (True, "scatter")):
+        table = made_card(tmp_path / f"table-{points}", points=points)
+        page, outline = read(report(run_folder, table=table))
+        assert "Mean error 6.1 % on networks that the predictor had not seen" in outline.text
+        assert "counting MACs instead is off by 31.8 %" in outline.text
+        assert "repeats a measurement to 4.3 %" in outline.text
+        assert len(figures(page)) == 8
+        assert any(trace["type"] == kind for trace in figures(page)["figure-5"]["data"])
+    for bad in ('{"unseen": {"mape": "low"}, "by_family": [], "points": [[1], 3]}', "[", '{"unseen": []}'):
+        (table / "predictor/card.json").write_text(bad)
+        (table / "predictor/manifest.json").write_text('{"log_errors": [1, "x", null]}')
+        assert read(report(run_folder, table=table))[1].unbalanced == []
+
+
+def test_the_card_is_found_by_the_devices_name(run_folder: Path, home: Path, made_card: Callable[..., Path]) -> None:
+    made_card(home / "latency_tables" / "x86-ort-1t")
+    assert "Mean error 6.1 %" in read(report(run_folder))[1].text
+    change(run_folder / "summary.json", lambda s: s.update(device="../../../etc"))
+    assert "No predictor card" in read(report(run_folder))[1].text
