@@ -112,12 +112,13 @@ def device_add(
 ) -> None:
     """Write devices/NAME.toml after probing the device. Example: hwsearch device add my-box --threads 1"""
     from hwsearch.device.session import open_session
-    from hwsearch.device.spec import Device, add_device
+    from hwsearch.device.spec import Device
 
-    device = Device(name=name, runtime=runtime, threads=threads)
+    options = {"spinning": 0} if runtime == "onnxruntime" else {}
+    device = Device(name=name, runtime=runtime, threads=threads, options=options)
     with open_session(device, message=Console(json=as_json).say) as session:
         fingerprint = session.fingerprint
-    path = add_device(device)
+    path = device.save()
     facts = {"path": str(path), **device.to_dict(), "fingerprint": fingerprint.to_dict()}
     _result(as_json, facts, lambda console: _facts(console, f"Added {path}", facts))
 
@@ -135,16 +136,14 @@ def profile(
     """Measure networks into latency_tables/NAME/. Example: hwsearch profile --device simulated --minutes 0.2"""
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
-    from hwsearch.latency.profile import profile as run_profile
-    from hwsearch.pipeline import ensure_checked, templates_of
+    from hwsearch.pipeline import ensure_checked, profile_device, templates_of
 
     talk = Console(json=as_json)
     target = Device.load(device)
+    templates = templates_of(model or [], input)
     with open_session(target, message=talk.say) as session:
         ensure_checked(target, session, talk)
-    templates = templates_of(model or [], input)
-    with talk.bar("profile") as bar:
-        table = run_profile(target, minutes=minutes, templates=templates, seed=seed, resume=resume, progress=bar)
+        table = profile_device(target, session, talk, minutes=minutes, templates=templates, seed=seed, resume=resume)
     facts = {
         "device": target.name,
         "folder": str(target.table_folder),
@@ -159,13 +158,12 @@ def profile(
 def fit(device: DeviceName, as_json: Json = False) -> None:
     """Fit the latency predictor to a device's table. Example: hwsearch fit --device simulated"""
     from hwsearch.device.spec import Device
-    from hwsearch.latency.predictor import LatencyPredictor
     from hwsearch.latency.table import LatencyTable
+    from hwsearch.pipeline import fit_table
 
+    talk = Console(json=as_json)
     target = Device.load(device)
-    predictor = LatencyPredictor().fit(LatencyTable.load(target.table_folder))
-    predictor.save(target.table_folder / "predictor")
-    card = predictor.card_
+    _, card = fit_table(target, LatencyTable.load(target.table_folder), talk)
     _result(as_json, card.to_dict(), lambda console: console.show(card.to_markdown()))
 
 
@@ -179,10 +177,9 @@ def estimate(model: Model, device: DeviceName, input: Input = None, as_json: Jso
     from hwsearch.device.spec import Device
 
     target = Device.load(device)
-    predictor = _predictor(target)
     onnx = _argument(model, input).to_onnx()
     with open_session(target, message=Console(json=as_json).say) as session:
-        predictor.check_fingerprint(session.fingerprint)
+        predictor = _predictor(target, session.fingerprint)
         kernels = session.lower([onnx], [model])[0]
     found = predictor.network(kernels)
     rows = [
@@ -341,7 +338,9 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: J
 
     def show(console: Console) -> None:
         console.table(f"{outcome.folder}", columns, rows)
-        console.show(outcome.verdict.summary())
+        console.show(f"verdict: {outcome.verdict.status}")
+        for reason in (*outcome.verdict.reasons, *outcome.verdict.notes):
+            console.show(f"  {reason}")
         console.show(f"report: {outcome.report}")
 
     facts = {
@@ -361,17 +360,18 @@ def _argument(model: str, shape: str | None) -> Any:
     return load_model_argument(model, parse_shape(shape) if shape else None)
 
 
-def _predictor(device: Any) -> Any:
+def _predictor(device: Any, fingerprint: Any) -> Any:
     from hwsearch.errors import InputError
     from hwsearch.latency.predictor import LatencyPredictor
+    from hwsearch.pipeline import PREDICTOR
 
-    folder = device.table_folder / "predictor"
+    folder = device.table_folder / PREDICTOR
     if not folder.is_dir():
         raise InputError(
             f"{device.name} has no predictor: run hwsearch profile --device {device.name}, then "
             f"hwsearch fit --device {device.name}"
         )
-    return LatencyPredictor.load(folder)
+    return LatencyPredictor.load(folder, fingerprint)
 
 
 def _facts(console: Console, title: str, facts: dict[str, Any], *, indent: str = "") -> None:

@@ -26,15 +26,19 @@ if TYPE_CHECKING:
     from hwsearch.device.spec import Device
     from hwsearch.graph.onnx_build import OnnxTemplate
     from hwsearch.graph.widths import WidthChoice, WidthSpace
+    from hwsearch.latency.card import ErrorCard
     from hwsearch.latency.measure import Measurement
     from hwsearch.latency.network import NetworkLatency
     from hwsearch.latency.predictor import LatencyPredictor
+    from hwsearch.latency.table import LatencyTable
     from hwsearch.model_argument import ModelArgument
     from hwsearch.search.budget import Budget
     from hwsearch.search.result import SearchResult
     from hwsearch.search.run_folder import RunFolder
 
 SUMMARY_SCHEMA, SUMMARY_VERSION = "hwsearch.summary", 1
+#: Folder of the fitted predictor and its card, beside the table.
+PREDICTOR = "predictor"
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         open_session(device, message=console.say) as session,
     ):
         run_folder.event("run_started", resumed=run_folder.resumed)
+        console.step(f"Checking {device.name}")
         reference_ms = ensure_checked(device, session, console)
         console.step("Extracting the width space")
         space = WidthSpace.from_model(module, example, quantum=config.search.quantum, minimum=config.search.minimum)
@@ -160,9 +165,17 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         console.say(f"  {len(space.groups)} width groups, 10^{space.log10_size:.1f} networks")
         for operation in space.unknown_operations:
             console.say(f"  frozen around an unknown operation: {operation}")
-        predictor = ensure_fitted(
-            device, console, minutes=config.profile.minutes, templates=(template,), seed=config.run.seed
+        console.step(f"Profiling {device.name}")
+        table = profile_device(
+            device,
+            session,
+            console,
+            minutes=config.profile.minutes,
+            templates=(template,),
+            seed=config.run.seed,
         )
+        predictor, card = fit_table(device, table, console)
+        console.say(card.to_markdown())
         latency = NetworkLatency(space, predictor, Lowering(template, session))
         full_ms = _once(
             run_folder, "full_measured_ms", lambda: _full_ms(session, template, space, reference_ms, console)
@@ -212,52 +225,60 @@ def ensure_checked(device: Device, session: DeviceSession, console: Console) -> 
     Raises:
         NoisyDeviceError: too noisy to measure.
     """
-    from hwsearch.device.check import FILE, DeviceCheck, check_device
+    from hwsearch.latency.profile import current_check
 
-    if (device.table_folder / FILE).exists():
-        known = DeviceCheck.load(device.table_folder)
-        differences = known.fingerprint.differences(session.fingerprint)
-        if not differences:
-            return known.reference_ms
-        raise InputError(
-            f"the tables of {device.name} in {device.table_folder} were made on another machine or runtime "
-            f"({'; '.join(differences)}): give this device a file of its own in devices/, or delete that folder"
-        )
-    console.step(f"Checking the device {device.name}")
-    check = check_device(device, session=session, message=lambda text: console.say(f"  {text}"))
-    console.say(
-        f"  noise floor {100 * check.noise_floor:.1f} %, reference {check.reference_ms:.4g} ms: {check.verdict}"
-    )
+    check = current_check(device, session, lambda text: console.say(f"  {text}"))
     if not check.ok:
         raise NoisyDeviceError(
-            f"{device.name} is too noisy to be measured ({'; '.join(check.messages)}): stop other work and try again"
+            f"{device.name} is too noisy to be measured ({'; '.join(check.messages)}): stop other work, then run "
+            f"hwsearch device check {device.name} again"
         )
     return check.reference_ms
 
 
-def ensure_fitted(
+def profile_device(
     device: Device,
+    session: DeviceSession,
     console: Console,
     *,
     minutes: float | None = None,
     templates: tuple[OnnxTemplate, ...] = (),
     seed: int = 0,
-) -> LatencyPredictor:
-    """Profile (or go on profiling) the device, fit the predictor where the table is new, and show its error card."""
-    from hwsearch.latency.predictor import LatencyPredictor
+    resume: bool = True,
+) -> LatencyTable:
+    """Profile a device, or go on profiling it, with progress shown; ``minutes`` None is the campaign's default."""
     from hwsearch.latency.profile import profile
 
-    console.step(f"Profiling {device.name}")
-    given = {} if minutes is None else {"minutes": minutes}
+    limit = {} if minutes is None else {"minutes": minutes}
     with console.bar("profile") as bar:
-        table = profile(device, templates=templates, seed=seed, progress=bar, **given)
-    console.say(f"  {len(table.networks)} networks, {sum(len(n.kernels) for n in table.networks)} kernel instances")
-    folder = device.table_folder / "predictor"
+        table = profile(
+            device,
+            templates=templates,
+            seed=seed,
+            resume=resume,
+            session=session,
+            progress=lambda done, spent, budget, words: bar(spent, budget, f"{done} networks, {words}"),
+            **limit,  # type: ignore[arg-type]
+        )
+    console.say(f"  {len(table.networks)} networks, {table.kernel_count} kernel instances in the table")
+    return table
+
+
+def fit_table(device: Device, table: LatencyTable, console: Console) -> tuple[LatencyPredictor, ErrorCard]:
+    """Fit the predictor to a table, judge it by cross-validation, and keep both beside the table."""
+    from hwsearch.latency.card import ErrorCard
+    from hwsearch.latency.predictor import LatencyPredictor
+
     console.step("Fitting the latency predictor")
-    predictor = LatencyPredictor().fit(table)
+    with console.bar("fit") as bar:
+        predictor = LatencyPredictor().fit(table, progress=bar)
+    with console.bar("error card") as bar:
+        card = ErrorCard.of(predictor, table, progress=bar)
+    folder = device.table_folder / PREDICTOR
     predictor.save(folder)
-    console.say(predictor.card_.to_markdown())
-    return predictor
+    write_atomic(folder / "card.json", json.dumps(card.to_dict(), indent=1, sort_keys=True) + "\n")
+    write_atomic(folder / "card.md", card.to_markdown() + "\n")
+    return predictor, card
 
 
 def _model(config: RunConfig) -> tuple[nn.Module, Tensor]:
@@ -350,7 +371,7 @@ def _once(run: RunFolder, name: str, make: Callable[[], float]) -> float:
     path = run.state / f"{name}.json"
     if path.exists():
         try:
-            return float(json.loads(path.read_text(encoding="utf-8")))
+            return float(str(json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged: use another run name, or delete the folder") from error
     value = make()
@@ -412,7 +433,7 @@ def fold_model(argument: ModelArgument, output: Path | None, *, prove_it: bool) 
     folded = fold(module, example)
     facts: dict[str, Any] = {"model": argument.spec}
     if prove_it:
-        facts["proof"] = asdict(prove(module, argument.input_shape))
+        facts["proof"] = asdict(prove(module, folded, argument.input_shape))
     if output is not None:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)

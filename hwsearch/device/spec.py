@@ -7,6 +7,7 @@ file came from, so a table in git stays beside the device that it describes.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -168,6 +169,25 @@ class Device:
                 return _read(path)
         known = ", ".join(cls.names()) or "none: no devices/ folder was found"
         raise InputError(f"unknown device {text!r}; known devices: {known}")
+
+    def save(self) -> Path:
+        """Write ``devices/<name>.toml`` into the device's home; an existing file is never overwritten.
+
+        Raises:
+            InputError: there is such a file, or the folder cannot be written.
+        """
+        path = self.home / "devices" / f"{self.name}.toml"
+        lines = [f"{name} = {json.dumps(getattr(self, name))}" for name in ("runtime", "threads", "precision", "transport")]
+        lines += ["", "[options]", *(f"{name} = {json.dumps(value)}" for name, value in self.options.items())]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("x", encoding="utf-8") as file:
+                file.write("\n".join(lines).rstrip() + "\n")
+        except FileExistsError:
+            raise InputError(f"{path} is there already: choose another name, or delete it") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); choose a writable home") from None
+        return path
 
     @staticmethod
     def names() -> tuple[str, ...]:
