@@ -1,6 +1,6 @@
 """`device check`: is this machine quiet enough to be measured, and how fast is it?
 
-It times the canary for some seconds (its median is the reference speed to which every later number is corrected), then
+It times the canary for some seconds (its median is the reference speed to which every later number is corrected), and
 six unlike networks again and again, each time in a new process: what differs between the repeats is the *noise floor*,
 and no claim about a latency on this device can be finer. The result is ``device.json`` in the device's table folder.
 """
@@ -33,6 +33,9 @@ FILE = "device.json"
 NOISE_LIMIT = 0.10
 DISCARD_LIMIT = 0.30
 
+#: A change of the canary's median within a check that is worth a remark.
+CHANGE_LIMIT = 0.10
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceCheck:
@@ -41,7 +44,7 @@ class DeviceCheck:
     Attributes:
         device: its name.
         fingerprint: what it is.
-        reference_ms: the canary's median: the reference speed of the device's table.
+        reference_ms: the canary's median (mean of those before and after): the reference speed of the device's table.
         best_ms, canary_spread: its fastest reading, and (p90 - p10) / median.
         noise_floor: 95th percentile of the relative test-retest difference of ``measured_ms``.
         raw_noise_floor: the same of the plain median, for comparison.
@@ -190,18 +193,25 @@ def check_device(
             return check_device(device, seconds=seconds, passes=passes, save=save, session=opened, message=message)
     problems: list[str] = []
     with nullcontext() if device.simulated else timing_lock(tell):
-        tell(f"device {device.name}: timing the canary for {seconds:g} s")
-        reference, busy, stolen = session.calibrate(seconds)
-        measured, raw, kept, lost = _passes(session, reference.median_ms, passes, tell, problems)
+        tell(f"device {device.name}: timing the canary for {seconds / 2:g} s")
+        first, *load_before = session.calibrate(seconds / 2)
+        measured, raw, kept, lost = _passes(session, first.median_ms, passes, tell, problems)
+        # once more at the end: the state of one moment must not become the speed that everything is corrected to
+        tell(f"device {device.name}: timing the canary for {seconds / 2:g} s again")
+        last, *load_after = session.calibrate(seconds / 2)
     noise, raw_noise = _retest(measured), _retest(raw)
     discarded = lost / max(1, kept + lost)
+    busy, stolen = (_larger(one, two) for one, two in zip(load_before, load_after, strict=True))
+    change = abs(last.median_ms / first.median_ms - 1)
     noisy, messages = _verdict(noise, discarded, busy, stolen, session.fingerprint, device.threads, problems)
+    if change > CHANGE_LIMIT:
+        messages.append(f"the machine's speed changed by {change:.0%} within the check")
     result = DeviceCheck(
         device=device.name,
         fingerprint=session.fingerprint,
-        reference_ms=reference.median_ms,
-        best_ms=reference.best_ms,
-        canary_spread=reference.spread,
+        reference_ms=(first.median_ms + last.median_ms) / 2,
+        best_ms=min(first.best_ms, last.best_ms),
+        canary_spread=max(first.spread, last.spread),
         noise_floor=noise,
         raw_noise_floor=raw_noise,
         discarded=discarded,
@@ -236,6 +246,10 @@ def _passes(
         kept += sum(timing.rounds for timing in timings)
         lost += sum(timing.discarded for timing in timings)
     return measured, raw, kept, lost
+
+
+def _larger(one: float | None, two: float | None) -> float | None:
+    return None if one is None or two is None else max(one, two)
 
 
 def _retest(passes: list[dict[str, float]]) -> float:

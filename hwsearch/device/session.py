@@ -315,6 +315,8 @@ class DeviceSession:
         self._number += 1
         self._busy, finished = True, False
         try:
+            if self._agent is not None and not self._agent.alive:
+                self.restart()  # killed while it had nothing to do
             if self._agent is None:
                 self._agent = LocalTransport()
                 self._agent.receive(max(self._timeout_s, _START_S))  # "ready"

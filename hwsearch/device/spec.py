@@ -167,7 +167,9 @@ class Device:
         for path in _device_files():
             if path.stem == text:
                 return _read(path)
-        known = ", ".join(cls.names()) or "none: no devices/ folder was found"
+        known = (
+            ", ".join(cls.names()) or f"none; no devices/*.toml in {' or '.join(map(str, homes()))}: set HWSEARCH_HOME"
+        )
         raise InputError(f"unknown device {text!r}; known devices: {known}")
 
     def save(self) -> Path:
@@ -177,7 +179,9 @@ class Device:
             InputError: there is such a file, or the folder cannot be written.
         """
         path = self.home / "devices" / f"{self.name}.toml"
-        lines = [f"{name} = {json.dumps(getattr(self, name))}" for name in ("runtime", "threads", "precision", "transport")]
+        lines = [
+            f"{name} = {json.dumps(getattr(self, name))}" for name in ("runtime", "threads", "precision", "transport")
+        ]
         lines += ["", "[options]", *(f"{name} = {json.dumps(value)}" for name, value in self.options.items())]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

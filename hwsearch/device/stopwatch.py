@@ -392,7 +392,6 @@ def _middle(values: list[float]) -> float:
 def _quiet_collector() -> Iterator[None]:
     """No garbage collection inside a timed run."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -61,6 +61,11 @@ class LocalTransport:
         """The agent's process."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
     def _listen(self) -> None:
         assert self._process.stdout is not None  # asked for above
         with contextlib.suppress(ValueError, OSError):

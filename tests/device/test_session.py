@@ -152,12 +152,11 @@ def test_a_refused_network_is_told() -> None:
 def test_a_killed_agent_is_started_again() -> None:
     with open_session(device()) as opened:
         before = opened.lower([residual()])
-        assert opened.agent_pid is not None
-        os.kill(opened.agent_pid, signal.SIGKILL)
-        time.sleep(0.1)
-        with pytest.raises(DeviceJobError, match="killed by SIGKILL"):
-            opened.lower([residual()])
+        first = opened.agent_pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
         assert opened.lower([residual()]) == before
+        assert opened.agent_pid != first
 
 
 def test_an_agent_killed_between_two_results_costs_at_most_one() -> None:
