@@ -172,7 +172,7 @@ class Reader:
         if len(weight) < 3 or len(main) != len(weight):
             return "other", {}, self._inferred(node, main), layout
         groups = int(attributes.get("group", 1))
-        kernel = _pair(list(weight[2:]), 1)
+        kernel = spread((1, 1, *weight[2:]))[2:]
         transposed = op == "ConvTranspose"
         out_channels = weight[1] * groups if transposed else weight[0]
         # what runs is what the weight says: a blocked convolution pads its input channels too

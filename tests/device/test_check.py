@@ -38,13 +38,13 @@ def test_a_noisy_device_is_called_so(home: Path) -> None:
 
 def test_the_check_is_saved_beside_the_devices_table_and_the_same_each_time(home: Path) -> None:
     told: list[str] = []
-    result = check_device("simulated", seconds=1.0, message=told.append)
+    result = check_device("simulated", seconds=0.2, message=told.append)
     folder = Device.load("simulated").table_folder
     first = (folder / "device.json").read_bytes()
     assert DeviceCheck.load(folder) == result
     assert any("canary" in line for line in told)
     assert any("pass 3 of 3" in line for line in told)
-    check_device("simulated", seconds=1.0)
+    check_device("simulated", seconds=0.2)
     assert (folder / "device.json").read_bytes() == first
     assert [path.name for path in folder.iterdir()] == ["device.json"]
 

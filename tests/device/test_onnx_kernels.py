@@ -86,6 +86,18 @@ def test_rectangular_kernels_and_dilation() -> None:
     assert (kernel.out_height, kernel.out_width) == (10, 10)
 
 
+def test_one_and_three_spatial_axes_keep_their_arithmetic() -> None:
+    def build(graph: Graph, *window: int) -> None:
+        pads = [size // 2 for size in window] * 2
+        inputs = ["input", graph.weight("w", 8, 6, *window)]
+        graph.node("Conv", inputs, "x", kernel_shape=list(window), pads=pads)
+
+    line = last(lambda graph: build(graph, 5), 2, 6, 20)
+    assert (line.family, line.macs) == ("conv", 2 * 20 * 8 * 6 * 5)
+    volume = last(lambda graph: build(graph, 3, 3, 3), 1, 6, 4, 5, 7)
+    assert (volume.family, volume.macs) == ("conv", 4 * 5 * 7 * 8 * 6 * 27)
+
+
 def test_the_blocked_path_with_padded_channels_and_fused_tails() -> None:
     """As ONNX Runtime writes it for 30 channels and a block of 8."""
     graph = Graph(1, 3, 8, 8)
