@@ -232,7 +232,8 @@ def settings(config: TrainConfig) -> Iterator[None]:
 def laid_out(batch: Batch, config: TrainConfig) -> Batch:
     """The batch with its input in the memory layout that the configuration asks for."""
     if config.channels_last and batch[0].dim() == 4:
-        return (batch[0].contiguous(memory_format=torch.channels_last), *batch[1:])
+        # a copy: contiguous() leaves one-channel images with strides that convolutions take for the other layout
+        return (torch.empty_like(batch[0], memory_format=torch.channels_last).copy_(batch[0]), *batch[1:])
     return batch
 
 

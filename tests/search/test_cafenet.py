@@ -36,6 +36,8 @@ from hwsearch.train.loop import TrainConfig, evaluate, run_steps, training_batch
 from hwsearch.train.seeds import generator
 from hwsearch.train.task import Classification, Regression
 
+torch.set_num_threads(1)  # several threads wait for each other where anything else runs
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAINING = TrainConfig(steps=12, batch_size=16, learning_rate=0.1, seed=2, checkpoint_s=0)
 CONFIG = CafeNetConfig(training=TRAINING, scoring=ScoringConfig(calibration_images=32, images=48, batch_size=16))
@@ -126,14 +128,14 @@ def test_the_step_trains_the_pattern_of_least_loss_on_the_same_batch_and_no_othe
     net = SuperNet(model, space).train()
     step = min_min_step(net, task, config)
     winners = set()
-    for number in range(12):
+    for number in range(6):
         batch = batch_of(task, number)
         rng = generator(2, "pattern", number)
         choice = space.sample(rng)
         patterns = [draw(space, choice, 2, bins_of(space, None), rng) for _ in range(4)]
         losses = []
         for pattern in patterns:
-            plain = shrink(model, space, choice, pattern.by_group(space)).train()
+            plain = shrink(model, space, choice, pattern.by_group(space), check=False).train()
             losses.append(float(task.loss(plain(batch[0]).detach(), batch)))
         best = int(np.argmin(losses))
         winners.add(best)

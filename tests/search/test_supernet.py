@@ -91,6 +91,8 @@ class Concatenated(nn.Module):
         return out
 
 
+torch.set_num_threads(1)  # several threads wait for each other where anything else runs
+
 MODELS = [Residual, Separable, Flattened, Concatenated]
 
 

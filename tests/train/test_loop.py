@@ -20,7 +20,7 @@ from torch import nn
 from hwsearch.errors import InputError, SchemaError
 from hwsearch.train import checkpoint
 from hwsearch.train.data import TensorExamples, synthetic_images
-from hwsearch.train.loop import TrainConfig, evaluate, run_steps, settings, train
+from hwsearch.train.loop import TrainConfig, evaluate, laid_out, run_steps, settings, train
 from hwsearch.train.task import Classification
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -253,3 +253,13 @@ def test_progress_counts_up_to_the_total() -> None:
     train(small_model(), small_task(), CONFIG, progress=lambda *call: seen.append(call))
     assert seen[-1][:2] == (25, 25)
     assert "loss" in seen[-1][2]
+
+
+def test_one_channel_images_keep_their_layout_through_convolutions() -> None:
+    """Whatever the layout of the weights: a layer that answers in the other layout slows all that follow."""
+    batch = laid_out((torch.rand(4, 1, 6, 6),), TrainConfig())
+    conv = nn.Conv2d(1, 3, 3)
+    assert torch.equal(batch[0], batch[0].contiguous())
+    assert conv(batch[0]).is_contiguous(memory_format=torch.channels_last)
+    plain = laid_out((torch.rand(4, 1, 6, 6),), TrainConfig(channels_last=False))
+    assert conv(plain[0]).is_contiguous()

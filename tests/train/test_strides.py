@@ -43,6 +43,7 @@ def test_other_layers_are_left_alone_and_strides_come_back_after_an_error() -> N
     assert not layers[3]._forward_pre_hooks
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_narrow_shortcuts_train_channels_last() -> None:
     """Without the guard this corrupts the heap on CPUs with AVX2."""
     torch.manual_seed(0)
