@@ -87,6 +87,8 @@ def hero(run: RunData) -> str:
 def _metric_change(name: str, found: float, full: float) -> str:
     if name == "accuracy":
         points = (found - full) * 100
+        if abs(points) < 0.005:
+            return f"The same accuracy ({percent(found, 2)})."
         return f"{abs(points):.2f} points {'more' if points >= 0 else 'less'} accuracy ({percent(found, 2)})."
     return f"{name} {found:.4g} against {full:.4g}."
 
@@ -121,7 +123,7 @@ def _prediction_line(found: Row | None, predicted: float | None, time: float | N
 
 def _verdict_line(verdict: Verdict | None, state: str) -> str:
     if verdict is None:
-        return "details are in no verdict.json" if state else "run hwsearch verify on the bundle"
+        return "by the run's summary" if state else "run hwsearch verify on the bundle"
     words = "agree" if verdict.numerics.ok else "differ"
     return f"outputs {words}: relative error {verdict.numerics.max_relative_error:.1e}"
 

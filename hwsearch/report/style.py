@@ -110,6 +110,7 @@ dl { display: grid; grid-template-columns: minmax(120px, max-content) 1fr; gap: 
   font-size: 15px; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 code { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
+td code { white-space: normal; overflow-wrap: anywhere; }
 footer { color: var(--muted); font-size: 14px; padding: 14px 0 48px; }
 @media (max-width: 900px) {
   .cards { grid-template-columns: 1fr 1fr; }

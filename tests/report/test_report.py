@@ -296,7 +296,8 @@ def test_a_browser_draws_every_figure(run_folder: Path, tmp_path: Path) -> None:
     path = report(run_folder)
     expected = len(figures(path.read_text(encoding="utf-8")))
     quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    quiet += ["--disable-sync", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=6000"]
+    quiet += ["--disable-sync", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    quiet += ["--enable-logging=stderr", "--virtual-time-budget=6000"]
     quiet += [f"--user-data-dir={tmp_path / 'profile'}"]
     command = ["chromium", "--headless", "--no-sandbox", *quiet, "--dump-dom", path.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
