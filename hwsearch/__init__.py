@@ -21,7 +21,7 @@ _HOME_OF = {
     "capture": "hwsearch.graph.capture",
     "WidthSpace": "hwsearch.graph.widths",
     "WidthChoice": "hwsearch.graph.widths",
-    "shrink": "hwsearch.graph.widths",
+    "shrink": "hwsearch.graph.surgery",
     "fold": "hwsearch.reparam.fold",
     "Budget": "hwsearch.search.budget",
     "Limit": "hwsearch.search.budget",

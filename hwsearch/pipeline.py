@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hwsearch.device.session import DeviceSession
     from hwsearch.device.spec import Device
     from hwsearch.graph.onnx_build import OnnxTemplate
-    from hwsearch.graph.widths import WidthChoice, WidthSpace
+    from hwsearch.graph.widths import WidthSpace
     from hwsearch.latency.card import ErrorCard
     from hwsearch.latency.measure import Measurement
     from hwsearch.latency.network import NetworkLatency
@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 SUMMARY_SCHEMA, SUMMARY_VERSION = "hwsearch.summary", 1
 #: Folder of the fitted predictor and its card, beside the table.
 PREDICTOR = "predictor"
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel of a compared network and its predicted milliseconds."""
+
+    node: str
+    family: str
+    ms: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,9 @@ class NetworkRow:
     parameters: int
     metric: float
     loss: float
+    low_ms: float
+    high_ms: float
+    kernels: tuple[KernelRow, ...]
 
 
 @dataclass(frozen=True)
@@ -94,10 +106,6 @@ class Prepared:
 
         return measure(onnx, self.session, reference_ms=self.reference_ms)
 
-    def predict(self, choice: WidthChoice) -> float:
-        """Predicted milliseconds of a choice, uncorrected."""
-        return float(self.latency.evaluate(self.space.choice_array([choice]))[0])
-
 
 def run(config: RunConfig, console: Console) -> Outcome:
     """The whole path. Raises what its stages raise; a missed budget is in the verdict, not an error."""
@@ -123,9 +131,8 @@ def run(config: RunConfig, console: Console) -> Outcome:
             name=config.run.name,
         )
         verdict = verify(config.bundle_folder, ready.device, session=ready.session)
-        rows = tuple(
-            row if row.name != "found" else _with_verdict(row, verdict.measured_ms, verdict.raw_p50_ms) for row in rows
-        )
+        verdict.save(config.bundle_folder / "verdict.json")
+        rows = tuple(_with_verdict(row, verdict) if row.name == "found" else row for row in rows)
         _write_summary(ready, rows, metric_name, verdict)
         ready.run.event("verified", status=verdict.status, measured_ms=verdict.measured_ms)
         page = report(ready.run.path, ready.run.path / "report.html")
@@ -191,7 +198,7 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
             latency, limit.max_ms, limit.quantile, limit.name,
             measure=lambda choice: ready.measure(template.slice(choice)).measured_ms,
         )  # fmt: skip
-        yield Prepared(**{**vars(ready), "budget": Budget([measured])})
+        yield replace(ready, budget=Budget([measured]))
 
 
 def search(ready: Prepared) -> SearchResult:
@@ -329,12 +336,13 @@ def _compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, .
     rows = []
     for name, network in networks.items():
         tested = evaluate(network, task, test, training)
+        estimated = ready.latency.estimate(choices[name])
         measured = ready.measure(export_onnx(fold(network, ready.example, require=False), ready.example))
         rows.append(
             NetworkRow(
                 name,
                 choices[name].widths,
-                ready.predict(choices[name]),
+                estimated.ms,
                 measured.measured_ms,
                 measured.raw_p50_ms,
                 ready.budget.limits[0].max_ms,
@@ -342,15 +350,22 @@ def _compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, .
                 ready.space.parameters(choices[name]),
                 tested.metric,
                 tested.loss,
+                estimated.low_ms,
+                estimated.high_ms,
+                tuple(
+                    KernelRow(kernel.node, kernel.family, ms)
+                    for kernel, ms in zip(ready.latency.kernels(choices[name]), estimated.kernel_ms, strict=True)
+                ),
             )
         )
         ready.run.event("compared", network=name, metric=tested.metric, measured_ms=measured.measured_ms)
     return tuple(rows), task.metric_name
 
 
-def _with_verdict(row: NetworkRow, measured_ms: float, raw_p50_ms: float) -> NetworkRow:
+def _with_verdict(row: NetworkRow, verdict: Verdict) -> NetworkRow:
     """The found network's row says what the verification measured: one number, not two that differ by noise."""
-    return NetworkRow(**{**asdict(row), "measured_ms": measured_ms, "raw_p50_ms": raw_p50_ms})
+    measured_ms, raw_p50_ms = verdict.measured_ms or row.measured_ms, verdict.raw_p50_ms or row.raw_p50_ms
+    return replace(row, measured_ms=measured_ms, raw_p50_ms=raw_p50_ms)
 
 
 def _write_summary(ready: Prepared, rows: tuple[NetworkRow, ...], metric_name: str, verdict: Verdict) -> None:
