@@ -1,0 +1,207 @@
+"""The command line as a stranger meets it: every verb on the simulated device, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESNET = "hwsearch.models.resnet:resnet_small"
+SHAPE = ["--input", "1x1x28x28"]
+ON_SIMULATED = ["--device", "simulated"]
+
+
+def hwsearch(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hwsearch.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+
+
+def answer(*arguments: str | Path) -> dict[str, Any]:
+    """The one JSON object of a verb that works."""
+    done = hwsearch(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def refused(*arguments: str | Path, code: int = 2) -> str:
+    """The one line that a verb says to bad input."""
+    done = hwsearch(*arguments)
+    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hwsearch: error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose simulated device has been profiled and fitted for a few pretended seconds."""
+    import os
+    import shutil
+
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(Path(__file__).resolve().parent.parent / "devices", home / "devices")
+    environment = {**os.environ, "HWSEARCH_HOME": str(home)}
+    for arguments in (["profile", *ON_SIMULATED, "--minutes", "0.15"], ["fit", *ON_SIMULATED]):
+        command = [sys.executable, "-m", "hwsearch.cli", *arguments]
+        subprocess.run(command, env=environment, cwd=home, check=True, capture_output=True)
+    return home
+
+
+@pytest.fixture
+def at_home(profiled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HWSEARCH_HOME", str(profiled))
+    monkeypatch.chdir(profiled)
+    return profiled
+
+
+@pytest.mark.slow
+class TestVerbs:
+    def test_every_verb_has_help_with_an_example(self) -> None:
+        verbs = ["profile", "fit", "estimate", "measure", "search", "fold", "deploy", "verify", "report", "run"]
+        for verb in [*([v] for v in verbs), *(["device", v] for v in ("list", "show", "check", "add"))]:
+            done = hwsearch(*verb, "--help")
+            assert done.returncode == 0
+            assert f"hwsearch {' '.join(verb)}" in " ".join(done.stdout.split()), verb
+
+    def test_devices(self, at_home: Path) -> None:
+        names = [item["name"] for item in answer("device", "list")["items"]]
+        assert "simulated" in names
+        assert answer("device", "check", "simulated")["verdict"] == "ok"
+        assert answer("device", "show", "simulated")["check"]["verdict"] == "ok"
+        added = answer("device", "add", "toy-box", "--runtime", "simulated")
+        assert Path(added["path"]).is_file()
+        assert answer("device", "show", "toy-box")["runtime"] == "simulated"
+        assert "is there already" in refused("device", "add", "toy-box", "--runtime", "simulated")
+
+    def test_estimate_and_measure_agree(self, at_home: Path) -> None:
+        estimated = answer("estimate", RESNET, *ON_SIMULATED, *SHAPE)
+        measured = answer("measure", RESNET, *ON_SIMULATED, *SHAPE)
+        assert estimated["low_ms"] <= estimated["predicted_ms"] <= estimated["high_ms"]
+        assert estimated["coverage"] == pytest.approx(1.0)
+        assert estimated["predicted_ms"] == pytest.approx(measured["measured_ms"], rel=0.25)
+
+    def test_an_onnx_file_is_as_good_as_its_factory(self, at_home: Path) -> None:
+        folded = answer("fold", RESNET, *SHAPE, "--verify", "--output", "resnet.onnx")
+        assert folded["proof"]["ok"] is True
+        from_file = answer("estimate", "resnet.onnx", *ON_SIMULATED)
+        from_factory = answer("estimate", RESNET, *ON_SIMULATED, *SHAPE)
+        assert from_file["predicted_ms"] == from_factory["predicted_ms"]
+
+    def test_deploy_verify_report(self, at_home: Path) -> None:
+        measured = answer("measure", RESNET, *ON_SIMULATED, *SHAPE)["measured_ms"]
+        for name, budget, code in (("kept", 1.2 * measured, 0), ("missed", 0.5 * measured, 1)):
+            answer("deploy", RESNET, *ON_SIMULATED, *SHAPE, "--output", name, "--budget-ms", f"{budget:.6f}")
+            done = hwsearch("verify", name, *ON_SIMULATED, "--json")
+            assert done.returncode == code, done.stderr
+            assert json.loads(done.stdout)["status"] == ("pass" if code == 0 else "fail")
+        assert Path(answer("report", "kept", "--output", "kept.html")["report"]).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+class TestBadInput:
+    def test_devices(self, at_home: Path) -> None:
+        assert "unknown device 'toaster'" in refused("device", "show", "toaster")
+        assert "toaster" in refused("profile", "--device", "toaster")
+        Path("broken.toml").write_text("runtime = \n")
+        assert "broken.toml" in refused("device", "show", "broken.toml")
+        Path("field.toml").write_text('runtime = "simulated"\nthreads = "two"\n')
+        assert "threads" in refused("device", "show", "field.toml")
+
+    @pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+    def test_minutes(self, at_home: Path, minutes: str) -> None:
+        assert "minutes" in refused("profile", *ON_SIMULATED, "--minutes", minutes)
+
+    def test_models(self, at_home: Path) -> None:
+        assert "cannot read the model" in refused("estimate", "missing.onnx", *ON_SIMULATED)
+        Path("broken.onnx").write_bytes(b"\x00\x01 not a model")
+        assert "broken.onnx is not a usable ONNX file" in refused("measure", "broken.onnx", *ON_SIMULATED)
+        assert "there is no model 'nothing'" in refused("estimate", "nothing", *ON_SIMULATED)
+        assert "no Python module" in refused("estimate", "no.such.module:net", *ON_SIMULATED, *SHAPE)
+        assert "has no 'nothing'" in refused("estimate", "hwsearch.models.vgg:nothing", *ON_SIMULATED, *SHAPE)
+        assert "needs the shape of its input" in refused("estimate", RESNET, *ON_SIMULATED)
+        assert "holds no model.json" in refused("estimate", ".", *ON_SIMULATED)
+
+    @pytest.mark.parametrize("shape", ["", "1x", "0x1x28x28", "axb", "1x1x28x-3", "1x1x28x1e9"])
+    def test_shapes_that_are_none(self, at_home: Path, shape: str) -> None:
+        assert "the input shape is" in refused("estimate", RESNET, *ON_SIMULATED, f"--input={shape or ' '}")
+
+    def test_a_shape_that_does_not_fit(self, at_home: Path) -> None:
+        line = refused("estimate", RESNET, *ON_SIMULATED, "--input", "1x3x28x28")
+        assert "1, 3, 28, 28" in line or "1x3x28x28" in line
+
+    def test_a_model_whose_forward_fails(self, at_home: Path) -> None:
+        Path("faulty.py").write_text(
+            "import torch\n\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
+            "        raise ValueError('wires crossed')\n"
+        )
+        assert "wires crossed" in refused("measure", "faulty:Net", *ON_SIMULATED, *SHAPE)
+
+    def test_a_device_that_was_never_fitted(self, home: Path) -> None:
+        assert "hwsearch profile" in refused("estimate", RESNET, *ON_SIMULATED, *SHAPE)
+        assert "simulated" in refused("fit", *ON_SIMULATED)
+
+    @pytest.mark.parametrize("budget", ["0", "-3", "nan", "inf"])
+    def test_budgets_of_a_bundle(self, at_home: Path, budget: str) -> None:
+        line = refused("deploy", RESNET, *ON_SIMULATED, *SHAPE, "--output", "never", f"--budget-ms={budget}")
+        assert "budget" in line
+        assert not Path("never").exists()
+
+    def test_bundles_and_reports(self, at_home: Path) -> None:
+        assert "nowhere" in refused("verify", "nowhere", *ON_SIMULATED)
+        assert "nowhere" in refused("report", "nowhere")
+        Path("full").mkdir()
+        Path("full/precious.txt").write_text("keep me")
+        refused("deploy", RESNET, *ON_SIMULATED, *SHAPE, "--output", "full")
+        assert Path("full/precious.txt").read_text() == "keep me"
+
+    def test_an_unknown_option_is_not_a_traceback(self) -> None:
+        done = hwsearch("profile", "--nonsense")
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+CONFIG = """
+[device]
+name = "simulated"
+[model]
+factory = "hwsearch.models.vgg:vgg_small"
+input = "1x1x16x16"
+[search]
+{search}
+"""
+
+
+@pytest.mark.slow
+class TestBadConfigs:
+    @pytest.mark.parametrize(
+        ("search", "says"),
+        [
+            ("budget_ms = 0", "search.budget_ms"),
+            ("budget_ms = nan", "search.budget_ms"),
+            ('budget_ms = "fast"', "search.budget_ms"),
+            ('budget = "lots"', "search.budget"),
+            ('budget = "50%"\nbudgt = 3', "did you mean"),
+            ("", "budget"),
+        ],
+    )
+    def test_fields(self, at_home: Path, search: str, says: str) -> None:
+        Path("bad.toml").write_text(CONFIG.format(search=search))
+        assert says in refused("run", "bad.toml")
+
+    def test_files(self, at_home: Path) -> None:
+        assert "missing.toml" in refused("run", "missing.toml")
+        Path("torn.toml").write_text("[run\n")
+        assert "torn.toml is not valid TOML" in refused("run", "torn.toml")
+
+    def test_a_budget_out_of_reach_is_refused_before_any_training(self, at_home: Path) -> None:
+        text = CONFIG.format(search="budget_ms = 0.001\nminimum = 0.5\nquantum = 8")
+        Path("tiny.toml").write_text('[run]\nname = "tiny"\n[profile]\nminutes = 0.1\n' + text)
+        line = refused("run", "tiny.toml", code=1)
+        assert "smallest reachable is" in line
+        assert not (at_home / "runs" / "tiny" / "state" / "supernet").exists()
