@@ -1,40 +1,63 @@
-"""``Lowering``: the kernels that a runtime really runs for a choice of widths, asked from the runtime itself."""
+"""``Lowering``: which kernels a candidate's network becomes, asked of the runtime itself and remembered.
+
+Fusion and layout depend on the widths (a depth-wise layer of 30 channels takes another kernel than one of 32), so
+nothing
+is guessed: each new choice is sliced from the template, optimised by the device's own runtime and read back.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from hwsearch.device.session import DeviceSession
 from hwsearch.graph.kernel import Kernel
-from hwsearch.graph.onnx_build import OnnxTemplate
-from hwsearch.graph.widths import WidthChoice
+from hwsearch.latency.sample import NetworkTemplate
+
+if TYPE_CHECKING:
+    from hwsearch.graph.widths import WidthChoice
+
+#: Candidates a job: enough to hide the round trip, few enough that their files stay small.
+BATCH = 32
 
 
 class Lowering:
-    """Choices of one width space to kernels, each choice asked once.
+    """Kernels of the choices of one width space on one device.
 
     Args:
-        template: slices a choice's ONNX out of one exported file.
-        session: an open session on the device; its runtime optimises, the host reads the kernels.
+        template: slices a choice's ONNX, such as an ``OnnxTemplate``.
+        session: an open session on the device; it stays the caller's to close.
+
+    Example:
+        >>> lowering = Lowering(template, session)                      # doctest: +SKIP
+        >>> [k.family for k in lowering.kernels([space.full()])[0]]     # doctest: +SKIP
+        ['reorder', 'conv', 'pool', ...]
     """
 
-    def __init__(self, template: OnnxTemplate, session: DeviceSession) -> None:
-        self.template, self.session = template, session
+    def __init__(self, template: NetworkTemplate, session: DeviceSession) -> None:
+        self.template = template
+        self.session = session
         self._known: dict[tuple[int, ...], tuple[Kernel, ...]] = {}
-        # Equal kernels are one object: a search lowers thousands of networks out of some hundred kernels.
-        self._kernels: dict[Kernel, Kernel] = {}
+        self._shared: dict[Kernel, Kernel] = {}
 
     def kernels(self, choices: Sequence[WidthChoice]) -> list[tuple[Kernel, ...]]:
-        """The kernels of each choice, in the order in which the runtime runs them.
+        """The kernels of each choice, in order of execution; new choices are lowered in batches.
 
         Raises:
             InputError: a choice does not belong to the space.
-            DeviceJobError: the runtime rejects a network.
+            DeviceJobError: the runtime rejects a candidate; its widths are named.
         """
-        missing = list(dict.fromkeys(c for c in choices if c.widths not in self._known))
-        if missing:
-            networks = [self.template.slice(choice) for choice in missing]
-            names = ["x".join(map(str, choice.widths)) for choice in missing]
-            for choice, kernels in zip(missing, self.session.lower(networks, names), strict=True):
-                self._known[choice.widths] = tuple(self._kernels.setdefault(k, k) for k in kernels)
+        new = [choice for choice in dict.fromkeys(choices) if choice.widths not in self._known]
+        for start in range(0, len(new), BATCH):
+            part = new[start : start + BATCH]
+            networks = [self.template.slice(choice) for choice in part]
+            names = [f"widths {choice.widths}" for choice in part]
+            for choice, kernels in zip(part, self.session.lower(networks, names), strict=True):
+                # Most kernels of a space recur; one object each keeps thousands of candidates small.
+                self._known[choice.widths] = tuple(self._shared.setdefault(k, k) for k in kernels)
         return [self._known[choice.widths] for choice in choices]
+
+    @property
+    def lowered(self) -> int:
+        """Distinct choices lowered so far."""
+        return len(self._known)

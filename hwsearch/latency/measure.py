@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from hwsearch.device.session import DeviceSession
-from hwsearch.device.stopwatch import MEASURE, StopwatchSettings
+from hwsearch.device.stopwatch import MEASURE, StopwatchSettings, Timing
+from hwsearch.errors import InputError
+
+#: Agents in turn: where a process finds its memory moves all its times by a per cent or two, as long as it lives.
+AGENTS = 3
+#: Above these a measurement is called noisy: share of discarded rounds, and spread where no noise floor is given.
+DISCARD_LIMIT = 0.3
+SPREAD_LIMIT = 0.05
 
 
 @dataclass(frozen=True)
@@ -14,10 +25,11 @@ class Measurement:
 
     Attributes:
         measured_ms: time at the device's reference speed (the canary's median at ``device check``).
-        raw_p50_ms, raw_p90_ms: percentiles of the uncorrected runs.
-        spread: relative half-width of the 95 % interval of ``measured_ms``.
+        raw_p50_ms, raw_p90_ms: percentiles of the uncorrected runs, discarded rounds included.
+        spread: relative half-width of ``measured_ms``: of its 95 % interval, or between the agents where that is more.
         rounds, discarded: rounds kept, and rounds in which the machine was too slow to count.
         canary_ms: the canary's median in the kept rounds.
+        verdict: ``"steady"``, or ``"noisy"`` when many rounds were discarded or the spread is above the noise floor.
     """
 
     measured_ms: float
@@ -27,6 +39,7 @@ class Measurement:
     rounds: int
     discarded: int
     canary_ms: float
+    verdict: str
 
 
 def measure(
@@ -34,6 +47,7 @@ def measure(
     session: DeviceSession,
     *,
     reference_ms: float | None,
+    noise_floor: float | None = None,
     settings: StopwatchSettings = MEASURE,
     name: str = "the network",
 ) -> Measurement:
@@ -42,8 +56,8 @@ def measure(
     Args:
         onnx: the network, static shapes.
         session: an open session on the device.
-        reference_ms: the device's reference speed, from its ``DeviceCheck``.
-        settings: see ``StopwatchSettings``.
+        reference_ms, noise_floor: the device's, from its ``DeviceCheck``.
+        settings: see ``StopwatchSettings``; its time is divided among the agents.
         name: for messages.
 
     Raises:
@@ -54,13 +68,64 @@ def measure(
         >>> measure(onnx, session, reference_ms=0.8).measured_ms                              # doctest: +SKIP
         1.37
     """
-    (timing,) = session.time([(name, onnx)], reference_ms=reference_ms, settings=settings)
+    (found,) = measure_many(
+        [(name, onnx)], session, reference_ms=reference_ms, noise_floor=noise_floor, settings=settings
+    )
+    return found
+
+
+def measure_many(
+    networks: Sequence[tuple[str, bytes]],
+    session: DeviceSession,
+    *,
+    reference_ms: float | None,
+    noise_floor: float | None = None,
+    settings: StopwatchSettings = MEASURE,
+) -> list[Measurement]:
+    """Time several networks, interleaved with each other; otherwise as ``measure``.
+
+    Args:
+        networks: (name, ONNX bytes); names must differ.
+
+    Raises:
+        InputError: two networks have one name.
+    """
+    found: dict[str, list[Timing]] = {name: [] for name, _ in networks}
+    if len(found) < len(networks):
+        raise InputError("two networks to measure have the same name; give each its own")
+    # A simulated device has no memory to be lucky with: every agent would say the same.
+    agents = 1 if session.device.simulated else AGENTS
+    for number in range(agents):
+        if number:
+            session.restart()
+        own = replace(
+            settings,
+            seed=settings.seed + number,
+            seconds_min=settings.seconds_min / agents,
+            seconds_max=settings.seconds_max / agents,
+            rounds_min=max(settings.good_min, math.ceil(settings.rounds_min / agents)),
+        )
+        for timing in session.time(networks, reference_ms=reference_ms, settings=own):
+            found[timing.network].append(timing)
+    return [_combined(timings, noise_floor) for timings in found.values()]
+
+
+def _combined(timings: list[Timing], noise_floor: float | None) -> Measurement:
+    """One number from the agents: the median of theirs."""
+    values = np.array([timing.measured_ms for timing in timings])
+    measured_ms = float(np.median(values))
+    between = float(np.ptp(values)) / 2 / measured_ms
+    spread = max(between, float(np.median([timing.spread for timing in timings])))
+    rounds, discarded = sum(t.rounds for t in timings), sum(t.discarded for t in timings)
+    limit = SPREAD_LIMIT if noise_floor is None else max(noise_floor, 0.02)
+    noisy = spread > limit or discarded > DISCARD_LIMIT * (rounds + discarded)
     return Measurement(
-        timing.measured_ms,
-        timing.raw_p50_ms,
-        timing.raw_p90_ms,
-        timing.spread,
-        timing.rounds,
-        timing.discarded,
-        timing.canary_ms,
+        measured_ms=measured_ms,
+        raw_p50_ms=float(np.median([timing.raw_p50_ms for timing in timings])),
+        raw_p90_ms=float(np.median([timing.raw_p90_ms for timing in timings])),
+        spread=spread,
+        rounds=rounds,
+        discarded=discarded,
+        canary_ms=float(np.median([timing.canary_ms for timing in timings])),
+        verdict="noisy" if noisy else "steady",
     )

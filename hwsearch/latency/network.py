@@ -1,95 +1,129 @@
-"""``NetworkLatency``: milliseconds of every choice of a width space, as a ``Budget`` asks for them."""
+"""``NetworkLatency``: milliseconds of width choices, which is all that a search ever asks of a device."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from hwsearch.errors import InputError
 from hwsearch.graph.kernel import Kernel
-from hwsearch.graph.widths import WidthChoice, WidthSpace
+from hwsearch.graph.widths import WidthChoice
 from hwsearch.latency.lowering import Lowering
 from hwsearch.latency.predictor import LatencyPredictor, NetworkEstimate
+
+if TYPE_CHECKING:
+    from hwsearch.graph.widths import WidthSpace
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
 class NetworkLatency:
-    """Predicted milliseconds of choices of one space on one device.
+    """Predicted milliseconds over a width space on one device.
 
-    Each distinct choice is lowered once and each distinct kernel priced once; asking again is a look-up.
+    A choice is lowered once and a kernel priced once; both are remembered, so asking again costs a look-up.
 
     Args:
-        space: the width space; a space restricted from it is answered too, as its choices are choices of this one.
-        predictor: prices kernels.
-        lowering: a choice's kernels, from the runtime itself.
-        factor: every time is multiplied by it; see ``corrected``.
+        space: the widths.
+        predictor: fitted for the device.
+        lowering: turns choices into the device's kernels.
+        factor: every time is multiplied by it, see ``corrected``.
+
+    Raises:
+        InputError: the predictor was made for another device than the lowering asks.
 
     Example:
-        >>> latency = NetworkLatency(space, predictor, Lowering(template, session))           # doctest: +SKIP
-        >>> latency.evaluate(space.choice_array([space.full()]))                              # doctest: +SKIP
-        array([3.02])
+        >>> latency = NetworkLatency(space, predictor, Lowering(template, session))    # doctest: +SKIP
+        >>> latency.evaluate(space.choice_array([space.full(), space.smallest()]))     # doctest: +SKIP
+        array([3.02, 0.21])
     """
 
-    space: WidthSpace
-    predictor: LatencyPredictor
-    lowering: Lowering
-    factor: float = 1.0
-    _prices: dict[Kernel, tuple[float, bool]] = field(default_factory=dict, repr=False, compare=False)
-    _sums: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
+    def __init__(
+        self, space: WidthSpace, predictor: LatencyPredictor, lowering: Lowering, *, factor: float = 1.0
+    ) -> None:
+        if predictor.device_ != lowering.session.device.name:
+            raise InputError(
+                f"the predictor is for device {predictor.device_!r}, the lowering asks"
+                f" {lowering.session.device.name!r}; use the predictor of that device"
+            )
+        if not (math.isfinite(factor) and factor > 0):
+            raise InputError(f"the correction is {factor!r}; use measured over predicted, a positive number")
+        self.space = space
+        self.predictor = predictor
+        self.lowering = lowering
+        self.factor = factor
+        self._memo = _Memo()
 
-    def evaluate(self, choices: NDArray[np.int64]) -> Floats:
-        """Milliseconds (N,) of choices (N, G)."""
-        return self._priced(choices)[:, 0]
+    def evaluate(self, choices: ArrayLike) -> Floats:
+        """Milliseconds (N,) of choices, an int array (N, groups).
 
-    def interval(self, choices: NDArray[np.int64], level: float = 0.9) -> tuple[Floats, Floats]:
-        """(low_ms, high_ms), each (N,), between which the measured time lies with probability ``level``."""
+        Raises:
+            InputError: a choice that does not belong to the template's space.
+            DeviceJobError: the runtime rejects a candidate.
+        """
+        return np.asarray(self._priced(choices)[:, 0] * self.factor)
+
+    def coverage(self, choices: ArrayLike) -> Floats:
+        """Share of each choice's milliseconds that comes from kernels like profiled ones, (N,)."""
+        return np.asarray(self._priced(choices)[:, 1])
+
+    def interval(self, choices: ArrayLike, level: float = 0.9) -> tuple[Floats, Floats]:
+        """(low_ms, high_ms), each (N,): what ``measured_ms`` lies between with probability ``level``."""
         priced = self._priced(choices)
-        low, high = self.predictor.interval(priced[:, 0] / self.factor, priced[:, 1], level)
-        return low * self.factor, high * self.factor
+        return self.predictor.interval(priced[:, 0] * self.factor, priced[:, 1], level)
 
     def estimate(self, choice: WidthChoice, level: float = 0.9) -> NetworkEstimate:
-        """One choice in full, kernel by kernel; not multiplied by ``factor``."""
-        return self.predictor.network(self.kernels(choice), level)
+        """One choice in full: interval, coverage, unknown kernels, milliseconds of each kernel."""
+        found = self.predictor.network(self.kernels(choice), level)
+        if self.factor == 1.0:
+            return found
+        f = self.factor
+        times = tuple(ms * f for ms in found.kernel_ms)
+        return NetworkEstimate(found.ms * f, found.low_ms * f, found.high_ms * f, found.coverage, found.unknown, times)
 
     def kernels(self, choice: WidthChoice) -> tuple[Kernel, ...]:
-        """The kernels that the runtime runs for a choice."""
+        """The kernels that a choice becomes on the device."""
         return self.lowering.kernels([choice])[0]
 
     def corrected(self, factor: float) -> NetworkLatency:
-        """The same latency with every time multiplied by ``factor`` once more: measured over predicted.
+        """The same latency times ``factor`` (measured over predicted); what is known already is shared.
 
-        Raises:
-            InputError: the factor is not a finite positive number.
+        Factors multiply: ``latency.corrected(1.1).corrected(1.1)`` is 1.21 times ``latency``.
         """
-        if not np.isfinite(factor) or factor <= 0:
-            raise InputError(f"a correction of {factor!r} makes no sense: give a finite number above 0")
-        return NetworkLatency(
-            self.space, self.predictor, self.lowering, self.factor * factor, self._prices, self._sums
-        )
+        other = NetworkLatency(self.space, self.predictor, self.lowering, factor=self.factor * factor)
+        other._memo = self._memo
+        return other
 
-    def _priced(self, choices: NDArray[np.int64]) -> Floats:
-        """(N, 2): milliseconds, and the share of them that comes from kernels like profiled ones."""
-        rows = [tuple(map(int, row)) for row in np.asarray(choices, dtype=np.int64)]
-        missing = list(dict.fromkeys(row for row in rows if row not in self._sums))
-        if missing:
-            networks = self.lowering.kernels([WidthChoice(row) for row in missing])
-            self._price(networks)
-            for row, kernels in zip(missing, networks, strict=True):
-                prices = [self._prices[kernel] for kernel in kernels]
-                total = float(np.sum([ms for ms, _ in prices]))
-                known = float(np.sum([ms for ms, sure in prices if sure]))
-                self._sums[row] = (total + self.predictor.overhead_ms, known / total)
-        found = np.asarray([self._sums[row] for row in rows], dtype=np.float64).reshape(len(rows), 2)
-        return found * [self.factor, 1.0]
-
-    def _price(self, networks: Sequence[tuple[Kernel, ...]]) -> None:
-        """Price all kernels that are new, in one call."""
-        new = list(dict.fromkeys(k for kernels in networks for k in kernels if k not in self._prices))
+    def _priced(self, choices: ArrayLike) -> Floats:
+        """(N, 2): milliseconds without the correction, and the share of them that known kernels take."""
+        rows = np.asarray(choices, dtype=np.int64).reshape(-1, len(self.space.groups)).tolist()
+        keys = [tuple(row) for row in rows]
+        memo = self._memo
+        new = [WidthChoice(key) for key in dict.fromkeys(keys) if key not in memo.networks]
         if new:
-            sure = [self.predictor.model_.doubt(kernel) is None for kernel in new]
-            self._prices.update(zip(new, zip(map(float, self.predictor.predict(new)), sure, strict=True), strict=True))
+            memo.price(new, self.lowering.kernels(new), self.predictor)
+        return np.array([memo.networks[key] for key in keys], dtype=np.float64).reshape(len(keys), 2)
+
+
+class _Memo:
+    """What was priced: kernels to (ms, known), width tuples to (ms, coverage)."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[Kernel, tuple[float, bool]] = {}
+        self.networks: dict[tuple[int, ...], tuple[float, float]] = {}
+
+    def price(
+        self, choices: Sequence[WidthChoice], networks: Sequence[tuple[Kernel, ...]], predictor: LatencyPredictor
+    ) -> None:
+        """Price networks; each new kernel once, all in one call."""
+        new = list(dict.fromkeys(k for kernels in networks for k in kernels if k not in self.kernels))
+        for kernel, ms in zip(new, predictor.predict(new).tolist(), strict=True):
+            self.kernels[kernel] = (ms, predictor.model_.doubt(kernel) is None)
+        for choice, kernels in zip(choices, networks, strict=True):
+            priced = [self.kernels[kernel] for kernel in kernels]
+            total = sum(ms for ms, _ in priced)
+            known = sum(ms for ms, is_known in priced if is_known)
+            self.networks[choice.widths] = (total + predictor.overhead_ms, known / total)

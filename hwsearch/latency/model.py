@@ -1,0 +1,193 @@
+"""``KernelModel``: milliseconds of kernels; the analytic base of ``base.py`` times the trees of ``boosting.py``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hwsearch.errors import SchemaError
+from hwsearch.graph.kernel import Kernel
+from hwsearch.latency.base import Base, fit_base
+from hwsearch.latency.boosting import BoostData, BoostSettings, boost
+from hwsearch.latency.features import FEATURES, TERMS, Vocabulary, cost_terms, describe, layouts
+from hwsearch.latency.training import Rows
+
+#: A family with fewer kernel instances is priced by its base alone.
+FEW = 20
+#: Trees do not extrapolate: this far (a factor) beyond what was profiled a kernel still counts as known.
+_MARGIN = 2.0
+_RANGED = ("macs", "bytes", "in_channels", "out_channels", "positions")
+
+
+@dataclass(frozen=True)
+class KernelModel:
+    """A fitted model of kernels.
+
+    Attributes:
+        vocabulary: texts that were profiled.
+        base: the analytic part.
+        boosters: XGBoost models by family; a family without one is priced by its base.
+        profiler_ms: what the runtime's profiler was found to add to every node.
+        seen: (family, operation, layouts) that were profiled.
+        ranges: by family, the (smallest, largest) profiled value of each of MACs, bytes, channels and positions.
+    """
+
+    vocabulary: Vocabulary
+    base: Base
+    boosters: Mapping[str, Any]
+    profiler_ms: float
+    seen: frozenset[tuple[str, str, str]]
+    ranges: Mapping[str, tuple[tuple[float, float], ...]]
+
+    @classmethod
+    def fit(cls, rows: Rows, settings: BoostSettings) -> KernelModel:
+        """The model of a table's rows; equal rows and settings give an equal model."""
+        profiler_ms = rows.profiler_ms()
+        base = fit_base(rows, profiler_ms)
+        log_base = np.log(base.ms(rows.kernels, rows.terms))
+        features = rows.features.copy()
+        features[:, FEATURES.index("log_base")] = log_base
+        families = np.array([kernel.family for kernel in rows.kernels], dtype=object)[rows.kernel]
+        members = {family: np.flatnonzero(families == family) for family in sorted(set(families))}
+        data = BoostData(
+            members={family: own for family, own in members.items() if len(own) >= FEW},
+            features=features[rows.kernel],
+            log_base=log_base[rows.kernel],
+            observed_ms=rows.observed_ms(profiler_ms, base.overhead_ms),
+            network=rows.network,
+            measured_ms=rows.measured_ms,
+            spread=rows.spread,
+            nodes=rows.nodes,
+            share=rows.share,
+            profiler_ms=profiler_ms,
+            overhead_ms=base.overhead_ms,
+        )
+        used = [rows.kernels[index] for index in np.unique(rows.kernel)]
+        sizes = {family: np.array([_sizes(k) for k in used if k.family == family]) for family in members}
+        return cls(
+            vocabulary=rows.vocabulary,
+            base=base,
+            boosters=boost(data, settings) if settings.rounds else {},
+            profiler_ms=profiler_ms,
+            seen=frozenset((k.family, k.op, layouts(k)) for k in used),
+            ranges={
+                family: tuple((float(low), float(high)) for low, high in zip(s.min(axis=0), s.max(axis=0), strict=True))
+                for family, s in sizes.items()
+            },
+        )
+
+    @property
+    def overhead_ms(self) -> float:
+        """What a network takes beyond its kernels."""
+        return self.base.overhead_ms
+
+    def ms(self, kernels: Sequence[Kernel]) -> np.ndarray:
+        """Milliseconds of each kernel, (N,)."""
+        if not kernels:
+            return np.zeros(0)
+        log_base = np.log(self.base.ms(kernels, cost_terms(kernels, self.vocabulary)))
+        return self._finish(kernels, log_base, describe(kernels, self.vocabulary, log_base))
+
+    def row_ms(self, rows: Rows) -> np.ndarray:
+        """Milliseconds of each distinct kernel of some rows, (U,), from the features that the rows already hold."""
+        log_base = np.log(self.base.ms(rows.kernels, rows.terms))
+        features = rows.features.copy()
+        features[:, FEATURES.index("log_base")] = log_base
+        return self._finish(rows.kernels, log_base, features)
+
+    def _finish(self, kernels: Sequence[Kernel], log_base: np.ndarray, features: np.ndarray) -> np.ndarray:
+        import xgboost
+
+        result = log_base.copy()
+        families = np.array([kernel.family for kernel in kernels], dtype=object)
+        for family, booster in self.boosters.items():
+            own = np.flatnonzero(families == family)
+            if len(own):
+                matrix = xgboost.DMatrix(features[own], nthread=1)
+                result[own] += booster.predict(matrix, output_margin=True)
+        return np.asarray(np.exp(result))
+
+    def doubt(self, kernel: Kernel) -> str | None:
+        """Why a kernel's price is a guess, or None when kernels like it were profiled."""
+        if kernel.family not in self.ranges:
+            return f"no kernel of family {kernel.family!r} was profiled"
+        if (kernel.family, kernel.op, layouts(kernel)) not in self.seen:
+            return f"no {kernel.op} ({kernel.family}) with layouts {layouts(kernel)} was profiled"
+        if not self.vocabulary.knows(kernel):
+            return f"fused tail {'+'.join(kernel.fused)!r} or precision {kernel.dtype} was not profiled"
+        for name, value, (low, high) in zip(_RANGED, _sizes(kernel), self.ranges[kernel.family], strict=True):
+            if value > high * _MARGIN or value < low / _MARGIN:
+                return f"{name} {value:.4g} is outside the profiled {low:.4g} to {high:.4g}"
+        return None
+
+    def to_files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """(plain values for the manifest, file name to bytes)."""
+        files = {f"{family}.ubj": bytes(booster.save_raw("ubj")) for family, booster in self.boosters.items()}
+        vocabulary = {name: list(getattr(self.vocabulary, name)) for name in ("tails", "ops", "layouts", "dtypes")}
+        document = {
+            "features": list(FEATURES),
+            "terms": list(TERMS),
+            "vocabulary": vocabulary | {"block": self.vocabulary.block},
+            "base": self.base.to_dict(),
+            "profiler_ms": self.profiler_ms,
+            "seen": sorted(list(item) for item in self.seen),
+            "ranges": {family: [list(pair) for pair in pairs] for family, pairs in self.ranges.items()},
+            "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        }
+        return document, files
+
+    @classmethod
+    def from_files(cls, document: Mapping[str, Any], files: Mapping[str, bytes]) -> KernelModel:
+        """The inverse of ``to_files``.
+
+        Raises:
+            SchemaError: another release's features, or a damaged file.
+        """
+        import xgboost
+
+        try:
+            if tuple(document["features"]) != FEATURES or tuple(document["terms"]) != TERMS:
+                raise SchemaError("it was fitted on other features than this release has; fit again")
+            texts = document["vocabulary"]
+            boosters = {}
+            for name in sorted(document["files"]):
+                booster = xgboost.Booster({"nthread": 1})
+                booster.load_model(bytearray(files[name]))
+                if booster.num_features() != len(FEATURES):
+                    raise SchemaError(f"{name} takes {booster.num_features()} features instead of {len(FEATURES)}")
+                boosters[name.removesuffix(".ubj")] = booster
+            return cls(
+                vocabulary=Vocabulary(
+                    tails=tuple(map(str, texts["tails"])),
+                    ops=tuple(map(str, texts["ops"])),
+                    layouts=tuple(map(str, texts["layouts"])),
+                    dtypes=tuple(map(str, texts["dtypes"])),
+                    block=int(texts["block"]),
+                ),
+                base=Base.from_dict(document["base"]),
+                boosters=boosters,
+                profiler_ms=float(document["profiler_ms"]),
+                seen=frozenset((str(f), str(o), str(lay)) for f, o, lay in document["seen"]),
+                ranges={
+                    str(family): tuple((float(low), float(high)) for low, high in pairs)
+                    for family, pairs in document["ranges"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, xgboost.core.XGBoostError) as error:
+            reason = str(error).split("\n", 1)[0]
+            raise SchemaError(f"it is damaged ({type(error).__name__}: {reason}); fit again") from None
+
+
+def _sizes(kernel: Kernel) -> tuple[float, ...]:
+    """What the range guard looks at, in the order of ``_RANGED``; 1 and up, so that factors make sense."""
+    return (
+        float(max(kernel.macs, 1)),
+        float(max(kernel.memory_bytes, 1)),
+        float(kernel.in_channels),
+        float(kernel.out_channels),
+        float(kernel.batch * kernel.out_height * kernel.out_width),
+    )

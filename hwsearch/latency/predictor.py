@@ -1,0 +1,331 @@
+"""``LatencyPredictor``: fitted on a table, prices kernels and whole networks in ms, and knows how sure it is.
+
+Example:
+    >>> predictor = LatencyPredictor().fit(LatencyTable.load("latency_tables/x86-ort-1t"))     # doctest: +SKIP
+    >>> estimate = predictor.network(kernels)                                                  # doctest: +SKIP
+    >>> estimate.ms, estimate.low_ms, estimate.high_ms, estimate.coverage                      # doctest: +SKIP
+    (3.02, 2.86, 3.17, 1.0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
+
+from hwsearch.device.spec import Fingerprint
+from hwsearch.errors import InputError, SchemaError
+from hwsearch.graph.kernel import FAMILIES, Kernel
+from hwsearch.latency.boosting import BoostSettings
+from hwsearch.latency.model import KernelModel
+from hwsearch.latency.table import LatencyTable, read_manifest, write_atomic
+from hwsearch.latency.training import Rows
+from hwsearch.latency.validation import Calibration, OutOfFold, Progress, out_of_fold, random_folds
+
+SCHEMA = "hwsearch.predictor"
+VERSION = 1
+_REMEDY = "run `hwsearch fit` to make one"
+
+#: A predictor holds for one setting of each of these; the rest of a fingerprint may differ.
+BINDING = ("cpu", "isa", "runtime", "runtime_version", "threads", "precision")
+
+#: A kernel that was never profiled may take this many times its price, or a part of it as small.
+_GUESS = 2.0
+
+
+@dataclass(frozen=True)
+class NetworkEstimate:
+    """What a network is expected to take.
+
+    Attributes:
+        ms: predicted milliseconds at the device's reference speed.
+        low_ms, high_ms: interval that ``measured_ms`` lies in with the asked probability.
+        coverage: share of the milliseconds that comes from kernels like profiled ones (1 is best).
+        unknown: the others, one line each.
+        kernel_ms: milliseconds of each kernel; with the overhead of a network they sum to ``ms``.
+    """
+
+    ms: float
+    low_ms: float
+    high_ms: float
+    coverage: float
+    unknown: tuple[str, ...]
+    kernel_ms: tuple[float, ...]
+
+
+class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
+    """Milliseconds of kernels and networks on one device.
+
+    ``ms = a * sum_i base(i) * exp(trees(i)) + b * nodes + c``: an analytic base per kernel family, XGBoost on what it
+    leaves (``boosting.py``), and a calibration on networks predicted out of fold. Intervals are conformal: quantiles
+    of the out-of-fold errors of whole networks.
+
+    Args:
+        rounds: boosting rounds (0: the analytic base alone).
+        learning_rate, max_depth, min_child_weight, l2, subsample, column_sample: of the trees.
+        network_weight: weight of the networks' totals against the kernels' shares.
+        folds: of the cross-validation by network that calibrates and gives the intervals.
+        seed: of folds and trees; one thread throughout, so equal tables give equal predictors.
+
+    Attributes:
+        model_: the kernel model fitted on the whole table.
+        calibration_: a, b and c.
+        log_errors_: log(measured / predicted) of every network while its fold was held out, sorted.
+        cross_validation_: those predictions in full (not saved; the card is made of them).
+        fingerprint_, device_, reference_ms_, noise_floor_, networks_, kernels_: of the table.
+    """
+
+    def __init__(
+        self,
+        *,
+        rounds: int = 100,
+        learning_rate: float = 0.1,
+        max_depth: int = 5,
+        min_child_weight: float = 5.0,
+        l2: float = 1.0,
+        subsample: float = 0.8,
+        column_sample: float = 0.5,
+        network_weight: float = 1.0,
+        folds: int = 5,
+        seed: int = 0,
+    ) -> None:
+        self.rounds = rounds
+        self.learning_rate = learning_rate
+        self.max_depth = max_depth
+        self.min_child_weight = min_child_weight
+        self.l2 = l2
+        self.subsample = subsample
+        self.column_sample = column_sample
+        self.network_weight = network_weight
+        self.folds = folds
+        self.seed = seed
+
+    def fit(self, table: LatencyTable, y: None = None, *, progress: Progress | None = None) -> LatencyPredictor:
+        """Fit on a table; a few seconds for a thousand networks.
+
+        Args:
+            table: what was measured.
+            y: not used, there for scikit-learn.
+            progress: told (steps done, steps, message).
+
+        Raises:
+            InputError: a hyper-parameter that makes no sense, or an unusable table.
+        """
+        settings = self._settings()
+        table.validate()
+        if not table.networks:
+            raise InputError(f"the table of {table.device!r} is empty; profile the device first")
+        rows = Rows.of(table.networks)
+        fold = random_folds(len(table.networks), self.folds, self.seed)
+        checked = out_of_fold(rows, fold, settings, progress)
+        if progress is not None:
+            progress(self.folds, self.folds + 1, "fitting on the whole table")
+        self.model_ = KernelModel.fit(rows, settings)
+        overhead = self.model_.overhead_ms
+        self.calibration_ = Calibration.fit(checked.total_ms, rows.nodes, rows.measured_ms, overhead)
+        self.log_errors_ = np.round(np.sort(checked.log_error), 6)  # as saved: a loaded predictor answers alike
+        self.cross_validation_: OutOfFold = checked
+        self.device_ = table.device
+        self.fingerprint_ = table.fingerprint
+        self.reference_ms_ = table.reference_ms
+        self.noise_floor_ = table.noise_floor
+        self.networks_ = len(table.networks)
+        self.kernels_ = table.kernel_count
+        return self
+
+    def predict(self, kernels: Sequence[Kernel]) -> np.ndarray:
+        """Milliseconds of each kernel, (N,), calibrated: with ``overhead_ms`` they sum to their network's.
+
+        Raises:
+            NotFittedError: ``fit`` or ``load`` comes first.
+        """
+        self._fitted()
+        return self._calibrated(self.model_.ms(list(kernels)))
+
+    @property
+    def overhead_ms(self) -> float:
+        """What a network takes beyond its kernels."""
+        self._fitted()
+        return self.calibration_.c
+
+    def network(self, kernels: Sequence[Kernel], level: float = 0.9) -> NetworkEstimate:
+        """A whole network.
+
+        Args:
+            kernels: every node, from the runtime's own optimised graph.
+            level: probability of the interval, in (0, 1).
+
+        Raises:
+            InputError: no kernels, or a level outside (0, 1).
+            NotFittedError: ``fit`` or ``load`` comes first.
+        """
+        if not kernels:
+            raise InputError("a network without kernels cannot be priced; was the model empty?")
+        kernel_ms = self.predict(kernels)
+        doubts = [self.model_.doubt(kernel) for kernel in kernels]
+        known = sum(ms for ms, doubt in zip(kernel_ms, doubts, strict=True) if doubt is None)
+        ms = float(kernel_ms.sum()) + self.overhead_ms
+        coverage = float(known / kernel_ms.sum())
+        low, high = self.interval(np.array([ms]), np.array([coverage]), level)
+        unknown = tuple(f"{k.node or k.op}: {doubt}" for k, doubt in zip(kernels, doubts, strict=True) if doubt)
+        return NetworkEstimate(ms, float(low[0]), float(high[0]), coverage, unknown, tuple(map(float, kernel_ms)))
+
+    def interval(self, ms: np.ndarray, coverage: np.ndarray, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+        """Interval of predicted networks.
+
+        Args:
+            ms: predictions, (M,).
+            coverage: share of each that comes from known kernels, (M,); the rest widens the interval.
+            level: probability, in (0, 1).
+
+        Returns:
+            (low_ms, high_ms), each (M,).
+        """
+        self._fitted()
+        if not (isinstance(level, Real) and 0 < level < 1):
+            raise InputError(f"interval level is {level!r}; use a number between 0 and 1, such as 0.9")
+        low, high = conformal(self.log_errors_, float(level))
+        guess = 1 - np.clip(coverage, 0, 1)
+        low_ms = ms * np.minimum(math.exp(low), 1.0) * (1 - guess * (1 - 1 / _GUESS))
+        return low_ms, ms * max(math.exp(high), 1.0) * (1 + guess * (_GUESS - 1))
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``manifest.json`` and one XGBoost UBJ file a family.
+
+        Raises:
+            InputError: the folder cannot be written.
+            NotFittedError: ``fit`` comes first.
+        """
+        self._fitted()
+        document, files = self.model_.to_files()
+        manifest = {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "device": self.device_,
+            "fingerprint": self.fingerprint_.to_dict(),
+            "reference_ms": self.reference_ms_,
+            "noise_floor": self.noise_floor_,
+            "networks": self.networks_,
+            "kernels": self.kernels_,
+            "parameters": self.get_params(),
+            "calibration": asdict(self.calibration_),
+            "log_errors": self.log_errors_.tolist(),
+            "model": document,
+        }
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, data in files.items():
+                write_atomic(folder / name, data)
+            write_atomic(folder / "manifest.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+            for stale in set(folder.glob("*.ubj")) - {folder / name for name in files}:
+                stale.unlink()
+        except OSError as error:
+            raise InputError(f"cannot write the predictor to {folder}: {error}; choose another folder") from None
+
+    @classmethod
+    def load(cls, folder: str | Path, fingerprint: Fingerprint | None = None) -> LatencyPredictor:
+        """Read a predictor.
+
+        Args:
+            folder: where ``save`` wrote it.
+            fingerprint: what the device is now; None skips the comparison.
+
+        Raises:
+            InputError: there is none, or it was made for another runtime version, CPU, precision ...: both are named.
+            SchemaError: damaged, or of another schema or version.
+        """
+        folder = Path(folder)
+        path = folder / "manifest.json"
+        manifest = read_manifest(path, SCHEMA, VERSION, "predictor", _REMEDY)
+        try:
+            made_for = Fingerprint.from_dict(manifest["fingerprint"])
+            _refuse_other(path, made_for, fingerprint)
+            predictor = cls(**manifest["parameters"])
+            predictor.model_ = KernelModel.from_files(manifest["model"], _files(folder, manifest["model"]["files"]))
+            predictor.calibration_ = Calibration(**{k: float(v) for k, v in manifest["calibration"].items()})
+            predictor.log_errors_ = np.sort(np.array(manifest["log_errors"], dtype=np.float64))
+            predictor.device_ = str(manifest["device"])
+            predictor.fingerprint_ = made_for
+            predictor.reference_ms_ = float(manifest["reference_ms"])
+            predictor.noise_floor_ = float(manifest["noise_floor"])
+            predictor.networks_, predictor.kernels_ = int(manifest["networks"]), int(manifest["kernels"])
+            if not len(predictor.log_errors_) or not np.isfinite(predictor.log_errors_).all():
+                raise SchemaError("it has no out-of-fold errors")
+        except SchemaError as error:
+            raise SchemaError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SchemaError(f"{path}: field {error} is missing or wrong; {_REMEDY}") from None
+        return predictor
+
+    def _calibrated(self, ms: np.ndarray) -> np.ndarray:
+        return np.asarray(np.maximum(self.calibration_.a * ms + self.calibration_.b, 1e-5))
+
+    def _fitted(self) -> None:
+        if not hasattr(self, "model_"):
+            raise NotFittedError(
+                "this LatencyPredictor is not fitted; call fit(table) or LatencyPredictor.load(folder)"
+            )
+
+    def _settings(self) -> BoostSettings:
+        """The trees' settings, checked."""
+        whole = {"rounds": 0, "max_depth": 1, "folds": 2, "seed": 0}
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                raise InputError(f"{name} is {value!r}; use a whole number from {least} up")
+        above = {"learning_rate": 1.0, "subsample": 1.0, "column_sample": 1.0}
+        for name in (*above, "min_child_weight", "l2", "network_weight"):
+            value, limit = getattr(self, name), above.get(name, math.inf)
+            usable = isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= limit
+            if not usable or (name in above and value == 0):
+                least = "above 0" if name in above else "from 0"
+                raise InputError(f"{name} is {value!r}; use a number {least} up to {limit:g}")
+        names = (f for f in BoostSettings.__dataclass_fields__)
+        return BoostSettings(**{name: getattr(self, name) for name in names})
+
+
+def conformal(log_errors: np.ndarray, level: float) -> tuple[float, float]:
+    """Lower and upper quantile of sorted errors that a further network's error lies between with probability ``level``.
+
+    Split conformal prediction, both sides on their own: rank ceil((n + 1) (1 - alpha / 2)). Where so extreme a rank
+    does not exist the most extreme error is stretched by half.
+    """
+    count, alpha = len(log_errors), 1 - level
+    rank = math.ceil((count + 1) * (1 - alpha / 2))
+    if rank > count:
+        return min(1.5 * float(log_errors[0]), -0.02), max(1.5 * float(log_errors[-1]), 0.02)
+    return float(log_errors[count - rank]), float(log_errors[rank - 1])
+
+
+def _refuse_other(path: Path, made_for: Fingerprint, now: Fingerprint | None) -> None:
+    if now is None:
+        return
+    pairs = [(name, getattr(made_for, name), getattr(now, name)) for name in BINDING]
+    different = [f"{name} {theirs!r} instead of {mine!r}" for name, mine, theirs in pairs if mine != theirs]
+    if different:
+        raise InputError(f"{path}: made for another device: this one has {'; '.join(different)}; profile and fit again")
+
+
+def _files(folder: Path, listed: dict[str, str]) -> dict[str, bytes]:
+    """The listed files; only plain family names are read, and only with the right content."""
+    found = {}
+    for name, digest in listed.items():
+        if name not in {f"{family}.ubj" for family in FAMILIES}:
+            raise SchemaError(f"it lists a file {name!r} that no predictor has; {_REMEDY}")
+        try:
+            data = (folder / name).read_bytes()
+        except OSError as error:
+            raise SchemaError(f"{name} cannot be read ({error.strerror}); {_REMEDY}") from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise SchemaError(f"{name} changed since it was written (SHA-256 differs); {_REMEDY}")
+        found[name] = data
+    return found
