@@ -136,7 +136,8 @@ def profile(
     """Measure networks into latency_tables/NAME/. Example: hwsearch profile --device simulated --minutes 0.2"""
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
-    from hwsearch.pipeline import ensure_checked, profile_device, templates_of
+    from hwsearch.model_argument import templates_of
+    from hwsearch.preparation import ensure_checked, profile_device
 
     talk = Console(json=as_json)
     target = Device.load(device)
@@ -159,7 +160,7 @@ def fit(device: DeviceName, as_json: Json = False) -> None:
     """Fit the latency predictor to a device's table. Example: hwsearch fit --device simulated"""
     from hwsearch.device.spec import Device
     from hwsearch.latency.table import LatencyTable
-    from hwsearch.pipeline import fit_table
+    from hwsearch.preparation import fit_table
 
     talk = Console(json=as_json)
     target = Device.load(device)
@@ -216,7 +217,7 @@ def measure(model: Model, device: DeviceName, input: Input = None, as_json: Json
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
     from hwsearch.latency.measure import measure as run_measure
-    from hwsearch.pipeline import ensure_checked
+    from hwsearch.preparation import ensure_checked
 
     talk = Console(json=as_json)
     target = Device.load(device)
@@ -230,12 +231,13 @@ def measure(model: Model, device: DeviceName, input: Input = None, as_json: Json
 @app.command()
 def search(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: Json = False) -> None:
     """Search only: profile and fit where needed, then search. Example: hwsearch search examples/simulated.toml"""
-    from hwsearch import pipeline
     from hwsearch.config import RunConfig
+    from hwsearch.pipeline import search as run_search
+    from hwsearch.preparation import prepare
 
     settings = RunConfig.load(config)
-    with pipeline.prepare(settings, Console(json=as_json)) as ready:
-        result = pipeline.search(ready)
+    with prepare(settings, Console(json=as_json)) as ready:
+        result = run_search(ready)
     rows = [[name, str(width)] for name, width in zip(result.groups, result.choice.widths, strict=True)]
 
     def show(console: Console) -> None:
@@ -258,9 +260,9 @@ def fold(
 
     Example: hwsearch fold hwsearch.models.resnet:resnet_small --input 1x1x28x28 --verify
     """
-    from hwsearch import pipeline
+    from hwsearch.model_argument import fold_model
 
-    facts = pipeline.fold_model(_argument(model, input), output, prove_it=prove_it)
+    facts = fold_model(_argument(model, input), output, prove_it=prove_it)
     _result(as_json, facts, lambda console: _facts(console, f"Folded {model}", facts))
 
 
@@ -300,7 +302,7 @@ def verify(bundle: Path, device: DeviceName, as_json: Json = False) -> None:
     from hwsearch.deploy.verify import verify as run_verify
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
-    from hwsearch.pipeline import ensure_checked
+    from hwsearch.preparation import ensure_checked
 
     talk = Console(json=as_json)
     target = Device.load(device)
@@ -330,11 +332,12 @@ def report(
 @app.command()
 def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: Json = False) -> None:
     """The whole path, from profile to report. Example: hwsearch run examples/simulated.toml"""
-    from hwsearch import pipeline
+    from hwsearch.comparison import comparison_table
     from hwsearch.config import RunConfig
+    from hwsearch.pipeline import run as run_path
 
-    outcome = pipeline.run(RunConfig.load(config), Console(json=as_json))
-    columns, rows = pipeline.comparison_table(outcome)
+    outcome = run_path(RunConfig.load(config), Console(json=as_json))
+    columns, rows = comparison_table(outcome.rows, outcome.metric_name)
 
     def show(console: Console) -> None:
         console.table(f"{outcome.folder}", columns, rows)
@@ -363,7 +366,7 @@ def _argument(model: str, shape: str | None) -> Any:
 def _predictor(device: Any, fingerprint: Any) -> Any:
     from hwsearch.errors import InputError
     from hwsearch.latency.predictor import LatencyPredictor
-    from hwsearch.pipeline import PREDICTOR
+    from hwsearch.preparation import PREDICTOR
 
     folder = device.table_folder / PREDICTOR
     if not folder.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from hwsearch.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from hwsearch.graph.onnx_build import OnnxTemplate
 
 _MAX_DIMENSION = 1 << 20
 
@@ -162,3 +164,44 @@ def _pinned_onnx(path: Path, input_shape: tuple[int, ...] | None) -> tuple[bytes
 
 def _text(shape: tuple[int, ...] | list[int]) -> str:
     return "x".join(str(size) for size in shape)
+
+
+def templates_of(models: list[str], shape: str | None) -> tuple[OnnxTemplate, ...]:
+    """Width templates of models that the user named, so that a campaign covers their widths too."""
+    from hwsearch.graph.onnx_build import OnnxTemplate
+    from hwsearch.graph.widths import WidthSpace
+    from hwsearch.reparam.fold import fold
+
+    templates = []
+    for name in models:
+        argument = load_model_argument(name, parse_shape(shape) if shape else None)
+        module, example = argument.need_module(), argument.example_input
+        space = WidthSpace.from_model(module, example)
+        templates.append(OnnxTemplate(space, fold(module, example, require=False), example))
+    return tuple(templates)
+
+
+def fold_model(argument: ModelArgument, output: Path | None, *, prove_it: bool) -> dict[str, Any]:
+    """Fold a model's batch normalisation, prove it where asked for, write it as ONNX where asked for; what was done.
+
+    Raises:
+        InputError: there is nothing to fold, or the output cannot be written.
+        CheckFailedError: the folded network does not compute what the model does.
+    """
+    from hwsearch.graph.onnx_build import export_onnx
+    from hwsearch.reparam.check import prove
+    from hwsearch.reparam.fold import fold
+
+    module, example = argument.need_module(), argument.example_input
+    folded = fold(module, example)
+    facts: dict[str, Any] = {"model": argument.spec}
+    if prove_it:
+        facts["proof"] = asdict(prove(module, folded, argument.input_shape))
+    if output is not None:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_bytes(export_onnx(folded, example))
+        except OSError as error:
+            raise InputError(f"cannot write {output}: {error.strerror}; choose a writable path") from error
+        facts["onnx"] = str(output)
+    return facts

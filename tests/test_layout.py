@@ -23,8 +23,11 @@ ORDER = [
     "deploy",
     "report",
     "config",
-    "pipeline",
     "console",
+    "model_argument",
+    "preparation",
+    "comparison",
+    "pipeline",
     "cli",
 ]
 EXEMPT = {"testing"}

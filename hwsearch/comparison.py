@@ -1,0 +1,141 @@
+"""The table that a run ends with: full width, uniform scaling at the same budget, and the found network."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from hwsearch.preparation import Prepared
+from hwsearch.search.journal import write_atomic
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hwsearch.deploy.verdict import Verdict
+    from hwsearch.search.result import SearchResult
+
+SCHEMA, VERSION = "hwsearch.summary", 1
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel of a compared network and its predicted milliseconds."""
+
+    node: str
+    family: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class NetworkRow:
+    """One line of the comparison: a network, what was predicted, what was measured, and how good it is.
+
+    ``metric`` and ``loss`` are the task's, on the test set, which no search looks at.
+    """
+
+    name: str
+    widths: tuple[int, ...]
+    predicted_ms: float
+    measured_ms: float
+    raw_p50_ms: float
+    budget_ms: float
+    macs: int
+    parameters: int
+    metric: float
+    loss: float
+    low_ms: float
+    high_ms: float
+    kernels: tuple[KernelRow, ...]
+
+
+def compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, ...], str]:
+    """Full width, uniform scaling at the same budget and the found network: trained alike, tested, measured."""
+    from hwsearch.graph.onnx_build import export_onnx
+    from hwsearch.reparam.fold import fold
+    from hwsearch.search.baselines import uniform
+    from hwsearch.search.winner import train_choice
+    from hwsearch.train.loop import evaluate
+
+    config, console = ready.config, ready.console
+    task, test = config.data.load(config.run.seed)
+    training = config.train.config(config.run)
+    console.step("Comparing with the full network and with uniform scaling at the same budget")
+    with console.bar("uniform scaling") as bar:
+        scaled = uniform(ready.space, ready.budget, journal=ready.run.state / "uniform.jsonl", progress=bar)
+    choices = {"full": ready.space.full(), "uniform": scaled.candidate.choice, "found": result.choice}
+    networks: dict[str, nn.Module] = {}
+    for name in ("full", "uniform"):
+        with console.bar(f"training {name}") as bar:
+            networks[name], _ = train_choice(
+                ready.module, ready.space, choices[name], task, training, folder=ready.run.state / name, progress=bar
+            )
+    assert result.model is not None
+    networks["found"] = result.model
+    rows = []
+    for name, network in networks.items():
+        tested = evaluate(network, task, test, training)
+        estimated = ready.latency.estimate(choices[name])
+        measured = ready.measure(export_onnx(fold(network, ready.example, require=False), ready.example))
+        rows.append(
+            NetworkRow(
+                name,
+                choices[name].widths,
+                estimated.ms,
+                measured.measured_ms,
+                measured.raw_p50_ms,
+                ready.budget.limits[0].max_ms,
+                ready.space.macs(choices[name]),
+                ready.space.parameters(choices[name]),
+                tested.metric,
+                tested.loss,
+                estimated.low_ms,
+                estimated.high_ms,
+                tuple(
+                    KernelRow(kernel.node, kernel.family, ms)
+                    for kernel, ms in zip(ready.latency.kernels(choices[name]), estimated.kernel_ms, strict=True)
+                ),
+            )
+        )
+        ready.run.event("compared", network=name, metric=tested.metric, measured_ms=measured.measured_ms)
+    return tuple(rows), task.metric_name
+
+
+def with_verdict(row: NetworkRow, verdict: Verdict) -> NetworkRow:
+    """The found network's row says what the verification measured: one number, not two that differ by noise."""
+    measured_ms, raw_p50_ms = verdict.measured_ms or row.measured_ms, verdict.raw_p50_ms or row.raw_p50_ms
+    return replace(row, measured_ms=measured_ms, raw_p50_ms=raw_p50_ms)
+
+
+def write_summary(ready: Prepared, rows: tuple[NetworkRow, ...], metric_name: str, verdict: Verdict) -> None:
+    """``summary.json`` of the run folder: what the report shows."""
+    summary = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "device": ready.device.name,
+        "groups": [group.name for group in ready.space.groups],
+        "metric_name": metric_name,
+        "rows": [asdict(row) for row in rows],
+        "status": verdict.status,
+    }
+    write_atomic(ready.run.path / "summary.json", json.dumps(summary, indent=1, sort_keys=True) + "\n")
+
+
+def comparison_table(rows: tuple[NetworkRow, ...], metric_name: str) -> tuple[list[str], list[list[str]]]:
+    """The comparison as text: columns and rows."""
+    times = ["predicted ms", "measured ms", "budget ms", "of budget"]
+    columns = ["network", *times, "MMACs", "parameters", metric_name]
+    lines = [
+        [
+            row.name,
+            f"{row.predicted_ms:.4f}",
+            f"{row.measured_ms:.4f}",
+            f"{row.budget_ms:.4f}",
+            f"{100 * row.measured_ms / row.budget_ms:.1f} %",
+            f"{row.macs / 1e6:.2f}",
+            f"{row.parameters:,}",
+            f"{row.metric:.4f}",
+        ]
+        for row in rows
+    ]
+    return columns, lines

@@ -1,0 +1,219 @@
+"""From a config to everything a search needs: a checked device, a table, a predictor, a width space and a budget.
+
+Every step keeps what it finished beside the device's table or in the run folder, so that the same command after a kill
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from hwsearch.config import RunConfig
+from hwsearch.console import Console
+from hwsearch.errors import InputError, NoisyDeviceError
+from hwsearch.search.journal import write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hwsearch.device.session import DeviceSession
+    from hwsearch.device.spec import Device
+    from hwsearch.graph.onnx_build import OnnxTemplate
+    from hwsearch.graph.widths import WidthSpace
+    from hwsearch.latency.card import ErrorCard
+    from hwsearch.latency.measure import Measurement
+    from hwsearch.latency.network import NetworkLatency
+    from hwsearch.latency.predictor import LatencyPredictor
+    from hwsearch.latency.table import LatencyTable
+    from hwsearch.search.budget import Budget
+    from hwsearch.search.run_folder import RunFolder
+
+#: Folder of the fitted predictor and its card, beside the table.
+PREDICTOR = "predictor"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a search needs, made from a config; lives as long as the run's device session."""
+
+    config: RunConfig
+    run: RunFolder
+    console: Console
+    device: Device
+    session: DeviceSession
+    reference_ms: float
+    module: nn.Module
+    example: Tensor
+    space: WidthSpace
+    template: OnnxTemplate
+    latency: NetworkLatency
+    budget: Budget
+
+    def measure(self, onnx: bytes) -> Measurement:
+        """A network's milliseconds on the device, by the one code path for measuring."""
+        from hwsearch.latency.measure import measure
+
+        return measure(onnx, self.session, reference_ms=self.reference_ms)
+
+
+@contextmanager
+def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
+    """Open the run folder and the device, and make sure of table, predictor, space and a budget that can be kept.
+
+    Raises:
+        InfeasibleBudgetError: the space cannot keep the budget; nothing was trained.
+        NoisyDeviceError: the device check found the machine too busy to be measured.
+    """
+    from hwsearch.device.session import open_session
+    from hwsearch.device.spec import Device
+    from hwsearch.graph.onnx_build import OnnxTemplate
+    from hwsearch.graph.widths import WidthSpace
+    from hwsearch.latency.lowering import Lowering
+    from hwsearch.latency.network import NetworkLatency
+    from hwsearch.reparam.fold import fold
+    from hwsearch.search.budget import Budget, Limit
+    from hwsearch.search.run_folder import open_run
+
+    device = Device.load(config.device.name)
+    module, example = _model(config)
+    with (
+        open_run(config.run_folder, config.identity()) as run_folder,
+        open_session(device, message=console.say) as session,
+    ):
+        run_folder.event("run_started", resumed=run_folder.resumed)
+        console.step(f"Checking {device.name}")
+        reference_ms = ensure_checked(device, session, console)
+        console.step("Extracting the width space")
+        space = WidthSpace.from_model(module, example, quantum=config.search.quantum, minimum=config.search.minimum)
+        template = OnnxTemplate(space, fold(module, example, require=False), example)
+        console.say(f"  {len(space.groups)} width groups, 10^{space.log10_size:.1f} networks")
+        for operation in space.unknown_operations:
+            console.say(f"  frozen around an unknown operation: {operation}")
+        console.step(f"Profiling {device.name}")
+        table = profile_device(
+            device,
+            session,
+            console,
+            minutes=config.profile.minutes,
+            templates=(template,),
+            seed=config.run.seed,
+        )
+        predictor, card = fit_table(device, table, console)
+        console.say(card.to_markdown())
+        latency = NetworkLatency(space, predictor, Lowering(template, session))
+        full_ms = _once(
+            run_folder, "full_measured_ms", lambda: _full_ms(session, template, space, reference_ms, console)
+        )
+        limit = Limit(latency, config.search.max_ms(full_ms), config.search.quantile, device.name)
+        ready = Prepared(
+            config, run_folder, console, device, session, reference_ms, module, example, space, template, latency,
+            Budget([limit]),
+        )  # fmt: skip
+        console.say(f"  full network {full_ms:.4g} ms measured; budget {limit.max_ms:.4g} ms on {device.name}")
+        ready.budget.check_reachable(space)
+        measured = Limit(
+            latency, limit.max_ms, limit.quantile, limit.name,
+            measure=lambda choice: ready.measure(template.slice(choice)).measured_ms,
+        )  # fmt: skip
+        yield replace(ready, budget=Budget([measured]))
+
+
+def ensure_checked(device: Device, session: DeviceSession, console: Console) -> float:
+    """The device's reference speed; the device is checked first where that was not done on this machine.
+
+    Raises:
+        NoisyDeviceError: too noisy to measure.
+    """
+    from hwsearch.latency.profile import current_check
+
+    check = current_check(device, session, lambda text: console.say(f"  {text}"))
+    if not check.ok:
+        raise NoisyDeviceError(
+            f"{device.name} is too noisy to be measured ({'; '.join(check.messages)}): stop other work, then run "
+            f"hwsearch device check {device.name} again"
+        )
+    return check.reference_ms
+
+
+def profile_device(
+    device: Device,
+    session: DeviceSession,
+    console: Console,
+    *,
+    minutes: float | None = None,
+    templates: tuple[OnnxTemplate, ...] = (),
+    seed: int = 0,
+    resume: bool = True,
+) -> LatencyTable:
+    """Profile a device, or go on profiling it, with progress shown; ``minutes`` None is the campaign's default."""
+    from hwsearch.latency.profile import profile
+
+    limit = {} if minutes is None else {"minutes": minutes}
+    with console.bar("profile") as bar:
+        table = profile(
+            device,
+            templates=templates,
+            seed=seed,
+            resume=resume,
+            session=session,
+            progress=lambda done, spent, budget, words: bar(spent, budget, f"{done} networks, {words}"),
+            **limit,  # type: ignore[arg-type]
+        )
+    console.say(f"  {len(table.networks)} networks, {table.kernel_count} kernel instances in the table")
+    return table
+
+
+def fit_table(device: Device, table: LatencyTable, console: Console) -> tuple[LatencyPredictor, ErrorCard]:
+    """Fit the predictor to a table, judge it by cross-validation, and keep both beside the table."""
+    from hwsearch.latency.card import ErrorCard
+    from hwsearch.latency.predictor import LatencyPredictor
+
+    console.step("Fitting the latency predictor")
+    with console.bar("fit") as bar:
+        predictor = LatencyPredictor().fit(table, progress=bar)
+    with console.bar("error card") as bar:
+        card = ErrorCard.of(predictor, table, progress=bar)
+    folder = device.table_folder / PREDICTOR
+    predictor.save(folder)
+    write_atomic(folder / "card.json", json.dumps(card.to_dict(), indent=1, sort_keys=True) + "\n")
+    write_atomic(folder / "card.md", card.to_markdown() + "\n")
+    return predictor, card
+
+
+def _model(config: RunConfig) -> tuple[nn.Module, Tensor]:
+    """The full network with weights drawn by the run's seed, and an example input."""
+    import torch
+
+    from hwsearch.model_argument import load_model_argument
+    from hwsearch.train.seeds import torch_seed
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(config.run.seed, "model"))
+        argument = load_model_argument(config.model.factory, config.model.input_shape, config.model.kwargs)
+    return argument.need_module(), argument.example_input
+
+
+def _full_ms(
+    session: DeviceSession, template: OnnxTemplate, space: WidthSpace, reference_ms: float, console: Console
+) -> float:
+    from hwsearch.latency.measure import measure
+
+    console.step("Measuring the full network")
+    return measure(template.slice(space.full()), session, reference_ms=reference_ms).measured_ms
+
+
+def _once(run: RunFolder, name: str, make: Callable[[], float]) -> float:
+    """A number that must not change when the run goes on: the budget hangs on it."""
+    path = run.state / f"{name}.json"
+    if path.exists():
+        try:
+            return float(str(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged: use another run name, or delete the folder") from error
+    value = make()
+    write_atomic(path, json.dumps(value) + "\n")
+    return value
