@@ -287,8 +287,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             value, limit = getattr(self, name), above.get(name, math.inf)
             usable = isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= limit
             if not usable or (name in above and value == 0):
-                least = "above 0" if name in above else "from 0"
-                raise InputError(f"{name} is {value!r}; use a number {least} up to {limit:g}")
+                start = "above 0" if name in above else "from 0"
+                raise InputError(f"{name} is {value!r}; use a number {start} up to {limit:g}")
         names = (f for f in BoostSettings.__dataclass_fields__)
         return BoostSettings(**{name: getattr(self, name) for name in names})
 

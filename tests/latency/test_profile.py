@@ -1,0 +1,184 @@
+"""Campaigns on the simulated device: limits, resuming after a real SIGKILL, what must not be mixed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hwsearch.device.session import open_session
+from hwsearch.device.spec import Device
+from hwsearch.errors import InputError, NoisyDeviceError, SchemaError
+from hwsearch.latency.journal import Journal
+from hwsearch.latency.profile import JOURNAL, profile
+from hwsearch.latency.table import LatencyTable
+
+FILES = ("manifest.json", "networks.csv", "kernels.csv")
+
+#: Profiles in a process of its own and kills it, as ``kill -9`` does, once so many networks are reported.
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from hwsearch.device.spec import Device
+from hwsearch.latency.profile import profile
+home, networks, die_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def progress(done, spent, budget, message):
+    if die_at and done >= die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+profile(Device(name="simulated", runtime="simulated", home=home), minutes=60, networks=networks, progress=progress)
+"""
+
+
+def device(home: Path, **options: Any) -> Device:
+    return Device(name="simulated", runtime="simulated", home=home, options=options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def child(home: Path, networks: int, die_at: int) -> int:
+    command = [sys.executable, "-c", CHILD, str(home), str(networks), str(die_at)]
+    root = str(Path(__file__).resolve().parents[2])
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": root}, timeout=300, check=False).returncode
+
+
+@pytest.mark.slow
+def test_a_killed_campaign_ends_with_the_bytes_of_an_unbroken_one(tmp_path: Path) -> None:
+    unbroken = profile(device(tmp_path / "unbroken"), minutes=60, networks=21)
+    home, done = tmp_path / "killed", 0
+    for die_at in (3, 9, 18):
+        assert child(home, 21, die_at) == -signal.SIGKILL
+        with Journal(device(home).table_folder / JOURNAL) as journal:
+            kept = len(journal.samples())
+        assert kept >= die_at > done, "a finished measurement was lost"
+        done = kept
+        assert not (device(home).table_folder / "networks.csv").exists()
+    assert child(home, 21, 0) == 0
+    assert contents(device(home).table_folder) == contents(device(tmp_path / "unbroken").table_folder)
+    assert LatencyTable.load(device(home).table_folder) == unbroken
+
+
+def test_the_time_limit_counts_device_seconds_and_more_minutes_add_networks(tmp_path: Path) -> None:
+    seen: list[tuple[int, float, float, str]] = []
+    first = profile(device(tmp_path), minutes=0.02, progress=lambda *facts: seen.append(facts))
+    spent = sum(n.seconds for n in first.networks)
+    assert 1.2 <= spent < 1.2 + 16 * 1.0
+    assert seen[-1][:3] == (len(first.networks), pytest.approx(spent, rel=1e-4), pytest.approx(1.2))
+    assert all(a[0] <= b[0] for a, b in zip(seen, seen[1:], strict=False))
+
+    again = profile(device(tmp_path), minutes=0.02)
+    assert again == first, "the time was spent already"
+
+    longer = profile(device(tmp_path), minutes=2 * spent / 60)
+    assert {n.id for n in first.networks} < {n.id for n in longer.networks}
+
+    whole = profile(device(tmp_path / "unbroken"), minutes=2 * spent / 60)
+    assert whole == longer
+
+    other = profile(device(tmp_path), minutes=0.02, seed=1)
+    assert len(other.networks) > len(longer.networks), "another seed adds to the same table"
+
+
+def test_starting_anew_keeps_the_old_journal(tmp_path: Path) -> None:
+    profile(device(tmp_path), minutes=60, networks=3)
+    table = profile(device(tmp_path), minutes=60, networks=2, resume=False)
+    assert len(table.networks) == 2
+    with Journal(device(tmp_path).table_folder / f"{JOURNAL}.old") as old:
+        assert len(old.samples()) == 3
+
+
+def test_a_network_that_fails_costs_itself_only(tmp_path: Path) -> None:
+    whole = profile(device(tmp_path / "all"), minutes=60, networks=6)
+    bad = whole.networks[0].id
+    messages: list[str] = []
+    other = device(tmp_path / "one", crash_on=bad)
+    table = profile(other, minutes=60, networks=6, progress=lambda *facts: messages.append(facts[3]))
+    assert {n.id for n in table.networks} == {n.id for n in whole.networks} - {bad}
+    assert any(m.startswith("skipped") and bad in m for m in messages)
+    assert profile(other, minutes=60, networks=6) == table, "it is not tried again and again"
+
+
+def test_a_busy_machine_is_refused_and_tried_again(tmp_path: Path) -> None:
+    table = profile(device(tmp_path), minutes=60, networks=2)
+    # Slower than it was when it was checked; the options are part of the fingerprint, so the old one is put back.
+    slow = device(tmp_path, slowdown=1.6)
+    with open_session(slow) as session:
+        session._fingerprint = table.fingerprint
+        with pytest.raises(NoisyDeviceError, match="no quiet moment"):
+            profile(slow, minutes=60, networks=6, session=session)
+    assert len(profile(device(tmp_path), minutes=60, networks=6).networks) == 6
+
+
+def test_another_machine_does_not_go_on_with_a_journal(tmp_path: Path) -> None:
+    profile(device(tmp_path), minutes=60, networks=2)
+    with pytest.raises(InputError, match="resume=False") as caught:
+        profile(device(tmp_path, gmacs=40.0), minutes=60, networks=4)
+    assert "simulated" in str(caught.value)
+
+
+def test_a_new_reference_speed_moves_every_number_by_its_ratio(tmp_path: Path) -> None:
+    from hwsearch.device.check import DeviceCheck
+
+    target = device(tmp_path)
+    before = profile(target, minutes=60, networks=2)
+    check = DeviceCheck.load(target.table_folder)
+    replace(check, reference_ms=check.reference_ms * 2).save(target.table_folder)
+    after = profile(target, minutes=60, networks=2)
+    assert after.reference_ms == 2 * before.reference_ms
+    for old, new in zip(before.networks, after.networks, strict=True):
+        assert new.measured_ms == pytest.approx(2 * old.measured_ms)
+        assert new.raw_p50_ms == old.raw_p50_ms
+        assert sum(new.node_ms) == pytest.approx(new.measured_ms, rel=1e-3)
+
+
+def test_two_campaigns_at_once_are_refused(tmp_path: Path) -> None:
+    target = device(tmp_path)
+    with Journal(target.table_folder / JOURNAL), pytest.raises(InputError, match="another process"):
+        Journal(target.table_folder / JOURNAL)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf"), "5", True])
+def test_senseless_minutes(minutes: Any) -> None:
+    with pytest.raises(InputError, match="minutes"):
+        profile("simulated", minutes=minutes)
+
+
+@pytest.mark.parametrize("networks", [0, -1, 1.5, True])
+def test_senseless_networks(networks: Any) -> None:
+    with pytest.raises(InputError, match="networks"):
+        profile("simulated", networks=networks)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "latency_tables").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        profile(device(tmp_path), minutes=60, networks=1)
+
+
+def test_a_journal_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL
+    path.write_bytes(b"not a database, certainly" * 100)
+    with pytest.raises(SchemaError, match="no journal"):
+        Journal(path)
+    path.unlink()
+    with Journal(path) as journal:
+        journal._base.execute("UPDATE meta SET value = 'hwsearch.journal 99' WHERE name = 'schema'")
+    with pytest.raises(SchemaError, match="99"):
+        Journal(path)
+    path.unlink()
+    with Journal(path):
+        pass
+    base = sqlite3.connect(path)
+    base.execute("INSERT INTO samples VALUES ('x', 1.0, '{}')")
+    base.commit()
+    base.close()
+    with Journal(path) as journal, pytest.raises(SchemaError, match="'x'"):
+        journal.samples()
