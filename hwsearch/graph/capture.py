@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,9 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
     with evaluation_mode(model):
         try_forward(model, example_input)
         try:
-            program = torch.export.export(model, (example_input,))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # notes about the user's own modules, which export all the same
+                program = torch.export.export(model, (example_input,))
         except Exception as error:
             raise UnsupportedModelError(
                 f"torch.export cannot capture {type(model).__name__}: {first_line(error)}; "
@@ -217,11 +220,15 @@ def _layer(network: Network, node: fx.Node) -> Layer | None:
         return None
     op, out_shape = op_name(node), node_shape(node)
     owned = [name for arg in node.all_input_nodes if (name := network.tensor_name(arg)) is not None]
-    if out_shape is None or (op not in _MAC_OPS and not owned):
+    if out_shape is None or (op not in _MAC_OPS and op != "scaled_dot_product_attention" and not owned):
         return None
     parameters = sum(math.prod(network.shapes[name]) for name in dict.fromkeys(owned) if name in network.trainable)
     data = next((arg for arg in node.all_input_nodes if network.tensor_name(arg) is None), node.all_input_nodes[0])
     in_shape = node_shape(data) or ()
+    if op == "scaled_dot_product_attention":
+        query, key, value = (node_shape(arg) or () for arg in node.args[:3])
+        macs = math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+        return Layer(module_path(node) or node.name, op, None, in_shape, out_shape, macs=macs)
     weight = next((name for name in owned if name in network.trainable), owned[0] if owned else None)
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()

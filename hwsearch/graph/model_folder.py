@@ -232,7 +232,7 @@ def _put_checked(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) 
         raise SchemaError(
             f"{folder / _WEIGHTS} {side} tensor {name!r}: it belongs to another model than its description says"
         )
-    for name, tensor in weights.items():
+    for name, tensor in sorted(weights.items()):
         full, shape = tuple(own[name].shape), tuple(tensor.shape)
         if len(full) != len(shape) or any(size > limit or size < 1 for size, limit in zip(shape, full, strict=True)):
             raise SchemaError(

@@ -57,8 +57,15 @@ class OnnxTemplate:
 
     def __init__(self, space: WidthSpace, folded: nn.Module, example_input: Tensor, *, check: bool = True) -> None:
         import onnx
+        import torch
 
         self.space = space
+        coarse = {tensor.dtype for tensor in named_tensors(folded).values()} & {torch.float16, torch.bfloat16}
+        if coarse:
+            raise UnsupportedModelError(
+                f"{type(folded).__name__} has {str(coarse.pop()).removeprefix('torch.')} weights; call .float() on it: "
+                "precision is chosen when it is deployed"
+            )
         self._arrays = _arrays(folded)
         self._constants: tuple[Constant, ...] = ()
         # The exporter may merge equal initialisers and drop a zero bias: the structure is exported with random weights,
@@ -150,7 +157,7 @@ def _compare(file: bytes, small: nn.Module, example: Tensor) -> str | None:
     except Exception as error:
         return first_line(error)
     with evaluation_mode(small), torch.no_grad():
-        wanted = first_tensor(small(x)).numpy()
+        wanted = first_tensor(small.cpu()(x)).numpy()
     if got.shape != wanted.shape:
         return f"the shape is {got.shape} instead of {wanted.shape}"
     change = float(np.abs(got - wanted).max()) / (float(np.abs(wanted).max()) or 1.0)

@@ -155,8 +155,7 @@ class WidthSpace:
 
             space = freeze_failing(model, space)
         if not space.groups:
-            why = next(reversed(space.frozen_reasons.values()), "it has no channels")  # type: ignore[call-overload]
-            raise InputError(f"no width of {type(model).__name__} can change: {why}")
+            raise InputError(f"no width of {type(model).__name__} can change: {_main_reason(space)}")
         return space
 
     def full(self) -> WidthChoice:
@@ -310,6 +309,13 @@ def check_settings(quantum: int, minimum: int | float | None) -> None:
     if isinstance(minimum, int) and not isinstance(minimum, bool) and minimum >= 1:
         return
     raise InputError(f"minimum must be a number of units (1 or more) or a share in (0, 1], got {minimum!r}")
+
+
+def _main_reason(space: WidthSpace) -> str:
+    """The most telling reason why nothing can change: what could be mended before what every network has."""
+    reasons = list(space.frozen_reasons.values()) or ["it has no channels"]
+    telling = [reason for reason in reasons if "no rule" in reason or "Python code" in reason]
+    return (telling or reasons[-1:])[0]
 
 
 def _group(

@@ -42,6 +42,14 @@ def test_transposed_and_grouped_macs() -> None:
     assert 2 * capture(model, example).macs == counter.get_total_flops()
 
 
+def test_attention_macs() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x[..., :3, :], x[..., :3, :2])
+
+    assert capture(Attention(), torch.zeros(2, 4, 5, 8)).macs == 2 * 4 * 5 * 3 * (8 + 2)
+
+
 def test_a_layer_called_twice_counts_its_macs_twice_and_its_parameters_once() -> None:
     shared = nn.Conv2d(4, 4, 1)
     network = capture(nn.Sequential(shared, shared), torch.zeros(1, 4, 3, 3))

@@ -49,7 +49,17 @@ def test_slices_of_reference_networks_equal_shrink_and_fold(factory: type[nn.Mod
 
 @pytest.mark.parametrize(
     "network",
-    [zoo.Halves, zoo.Norms, zoo.Shuffled, zoo.Transposed, zoo.Grouped, zoo.BareParameters, zoo.LinearToImage, zoo.Dense],
+    [
+        zoo.Halves,
+        zoo.Norms,
+        zoo.Shuffled,
+        zoo.Transposed,
+        zoo.Grouped,
+        zoo.BareParameters,
+        zoo.LinearToImage,
+        zoo.Dense,
+        zoo.ConvNeXtBlock,
+    ],
     ids=lambda network: network.__name__,
 )
 @pytest.mark.slow

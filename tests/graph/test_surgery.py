@@ -119,6 +119,7 @@ def test_folded_form_is_cut_with_the_space_of_the_original() -> None:
         ({"0": [0, 1, 1]}, "must hold 3 distinct units"),
         ({"0": [0, 1, 8]}, "must lie in 0 to 7"),
         ({"0": [-1, 1, 2]}, "must lie in 0 to 7"),
+        ({"0": [8, 0, 1]}, "must lie in 0 to 7"),
     ],
 )
 def test_bad_keep(keep: dict[str, list[int]], message: str) -> None:
