@@ -178,8 +178,8 @@ def run_steps(
                 progress(state.step, total, message)
 
         while state.step < total:
-            chunk_end = time.monotonic() + _LOCK_S
             with background_lock(waiting):
+                chunk_end = time.monotonic() + _LOCK_S  # from now: waiting for the lock is not the chunk's time
                 while state.step < total and time.monotonic() < chunk_end:
                     state.note(_one_step(state.step, total, examples, shuffle, config, step, optimiser), total)
                     if state.step == total or time.monotonic() - written >= config.checkpoint_s:
