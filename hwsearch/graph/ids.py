@@ -58,7 +58,7 @@ class Ids:
     _joins: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _frozen: list[tuple[IntArray, str]] = field(default_factory=list)
     _rectangles: list[IntArray] = field(default_factory=list)
-    _shaped: list[tuple[IntArray, str]] = field(default_factory=list)
+    _mixed: list[tuple[IntArray, str]] = field(default_factory=list)
 
     def new(self, size: int) -> IntArray:
         """``size`` fresh ids, joined to nothing."""
@@ -83,7 +83,7 @@ class Ids:
 
     def reduced(self, ids: IntArray, reason: str) -> None:
         """An operation mixes over these ids: removing one is legal, but changes values even when the unit is dead."""
-        self._shaped.append((ids.ravel(), reason))
+        self._mixed.append((ids.ravel(), reason))
 
     def solve(self) -> Classes:
         """Join everything recorded, settle the rectangles, and name the frozen classes."""
@@ -99,7 +99,7 @@ class Ids:
             for root in np.unique(roots[ids]):
                 frozen.setdefault(int(root), reason)
         mixed: dict[int, str] = {}
-        for ids, reason in self._shaped:
+        for ids, reason in self._mixed:
             for root in np.unique(roots[ids]):
                 mixed.setdefault(int(root), reason)
         return Classes(roots, frozen, mixed)

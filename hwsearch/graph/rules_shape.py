@@ -55,25 +55,13 @@ def _split(node: Any, environment: dict[Any, Any], context: Context) -> Any:
     arguments = argument_values(node, environment)
     x = next(value for value in arguments.values() if isinstance(value, Value))
     dim = arguments.get("dim", 0) % len(x.shape)
-    results = node.meta.get("val")
-    sizes = [int(result.shape[dim]) for result in results] if isinstance(results, list | tuple) else _sizes(node, dim)
+    sizes = [int(part.shape[dim]) for part in node.meta["val"]]
     _tie_parts(x, dim, sizes, context.ids, f"{op_name(node)} into unequal parts at {source_line(node)}")
     parts, start = [], 0
     for size in sizes:
         parts.append(_cut(x, dim, slice(start, start + size)))
         start += size
     return tuple(parts)
-
-
-def _sizes(node: Any, dim: int) -> list[int]:
-    """The sizes of a split's parts read off their ``getitem`` users, for a node without a recorded value."""
-    found = {user.args[1]: node_shape(user) for user in node.users if op_name(user) == "getitem"}
-    total = (node_shape(node.all_input_nodes[0]) or ())[dim]
-    last = max(found, default=-1)
-    sizes = [shape[dim] if (shape := found.get(index)) else -1 for index in range(last + 1)]
-    known = next((size for size in sizes if size > 0), total)
-    sizes = [size if size > 0 else known for size in sizes]
-    return [*sizes, *([total - sum(sizes)] if sum(sizes) < total else [])]
 
 
 def _tie_parts(x: Value, dim: int, sizes: list[int], ids: Ids, reason: str) -> None:
