@@ -177,3 +177,10 @@ def test_layouts_are_found_by_content() -> None:
     assert _layout(matrix, matrix.reshape(3, 2)) is None
     assert laid_out(vector[:1], (0, None, None)).shape == (1, 1, 1)
     assert (laid_out(matrix, (1, 0)) == matrix.T).all()
+
+
+def test_half_precision_weights_are_refused() -> None:
+    model, example = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), torch.randn(zoo.IMAGE)
+    space = WidthSpace.from_model(model, example)
+    with pytest.raises(UnsupportedModelError, match=r"has bfloat16 weights; call \.float"):
+        OnnxTemplate(space, model.bfloat16(), example.bfloat16())
