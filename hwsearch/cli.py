@@ -229,13 +229,28 @@ def measure(model: Model, device: DeviceName, input: Input = None, as_json: Json
 
 
 @app.command()
-def search(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: Json = False) -> None:
-    """Search only: profile and fit where needed, then search. Example: hwsearch search examples/simulated.toml"""
-    from hwsearch.config import RunConfig
+def search(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file; or describe the search by the options.")] = None,
+    method: Annotated[str, typer.Option(help="The search method.")] = "cafenet",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="package.module:factory or timm:name.")] = None,
+    input: Input = None,
+    data: Annotated[str, typer.Option(help="fashion-mnist, synthetic, or a folder of IDX files.")] = "fashion-mnist",
+    budget: Annotated[str | None, typer.Option("--budget", "-b", help="DEVICE:MS, such as x86-ort-1t:3.0.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on in this run folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search only: profile and fit where needed, then search.
+
+    Example: hwsearch search examples/simulated.toml
+    """
+    from hwsearch.config import RunConfig, search_config
     from hwsearch.pipeline import search as run_search
     from hwsearch.preparation import prepare
 
-    settings = RunConfig.load(config)
+    if config is not None:
+        settings = RunConfig.load(config)
+    else:
+        settings = search_config(method=method, model=model, shape=input, data=data, budget=budget, folder=resume)
     with prepare(settings, Console(json=as_json)) as ready:
         result = run_search(ready)
     rows = [[name, str(width)] for name, width in zip(result.groups, result.choice.widths, strict=True)]

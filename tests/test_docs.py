@@ -53,6 +53,36 @@ def test_every_command_runs(path: Path, home: Path) -> None:
         assert "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(home: Path) -> None:
+    """As written, on a small network, the simulated device and a short campaign."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    cheaper = ((r"minutes=[\d.]+", "minutes=0.2"), (r"max_ms=[\d.]+", "max_ms=budget_ms"), CHEAPER[1])
+    for pattern, replacement in cheaper:
+        block = re.sub(pattern, replacement, block)
+    before = """
+import torch
+import hwsearch.search.cafenet as cafenet
+from hwsearch.models.vgg import vgg_small
+from hwsearch.train.data import split, synthetic_images
+from hwsearch.train.loop import TrainConfig
+
+torch.set_num_threads(1)
+model, example_input, budget_ms = vgg_small(width=0.25), torch.zeros(1, 1, 16, 16), 0.05
+train, valid = split(synthetic_images(400, seed=1), 100, seed=0)
+few = TrainConfig(steps=5)
+# The example uses the defaults; the test cannot afford them.
+small = cafenet.CafeNetConfig(training=few, winner=few, scoring=cafenet.ScoringConfig(images=50, calibration_images=50))
+cafenet.CafeNetConfig = lambda: small
+"""
+    after = "assert verdict.status in ('pass', 'conditional', 'fail'), verdict\nprint(verdict.status)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", before + block + after], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "pass"
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_link_leads_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):

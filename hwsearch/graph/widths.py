@@ -93,6 +93,7 @@ class WidthSpace:
         network: the captured network at full width.
         frozen_reasons: ``"parameter axis"`` to the reason why it keeps its size.
         unknown_operations: operations without a rule, as ``name at file.py:12``; what they touch is frozen.
+        model: the module that the space was made from, so that searchers need not be handed it again.
 
     Example:
         >>> space = WidthSpace.from_model(vgg_small(), torch.zeros(1, 1, 28, 28), quantum=8)
@@ -104,6 +105,7 @@ class WidthSpace:
     network: Network = field(repr=False)
     frozen_reasons: Mapping[str, str] = field(repr=False, default_factory=dict)
     unknown_operations: tuple[str, ...] = ()
+    model: nn.Module | None = field(repr=False, default=None)
 
     @classmethod
     def from_model(
@@ -149,7 +151,7 @@ class WidthSpace:
                 group = replace(group, name=f"{stem}#{int(number or 1) + 1}")
             names.add(group.name)
             groups.append(group)
-        space = cls(tuple(groups), network, reasons, found.unknown)
+        space = cls(tuple(groups), network, reasons, found.unknown, model)
         if verify and groups:
             from hwsearch.graph.surgery import freeze_failing
 

@@ -1,21 +1,22 @@
 """``Lowering``: which kernels a candidate's network becomes, asked of the runtime itself and remembered.
 
 Fusion and layout depend on the widths (a depth-wise layer of 30 channels takes another kernel than one of 32), so
-nothing
-is guessed: each new choice is sliced from the template, optimised by the device's own runtime and read back.
+nothing is guessed: each new choice is sliced from the template, optimised by the device's own runtime and read back.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hwsearch.device.session import DeviceSession
+from hwsearch.device.session import DeviceSession, open_session
+from hwsearch.errors import InputError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.latency.sample import NetworkTemplate
 
 if TYPE_CHECKING:
-    from hwsearch.graph.widths import WidthChoice
+    from hwsearch.graph.widths import WidthChoice, WidthSpace
 
 #: Candidates a job: enough to hide the round trip, few enough that their files stay small.
 BATCH = 32
@@ -39,6 +40,24 @@ class Lowering:
         self.session = session
         self._known: dict[tuple[int, ...], tuple[Kernel, ...]] = {}
         self._shared: dict[Kernel, Kernel] = {}
+
+    @classmethod
+    def of(cls, space: WidthSpace, device: str) -> Lowering:
+        """A lowering of the space's own model, in a session of its own that ends with this process.
+
+        Raises:
+            InputError: the space does not know its model, or there is no such device.
+        """
+        import torch
+
+        from hwsearch.graph.onnx_build import OnnxTemplate
+        from hwsearch.reparam.fold import fold
+
+        if space.model is None:
+            raise InputError("the width space does not know its model: make it with WidthSpace.from_model")
+        example = torch.zeros(space.network.input_shape)
+        folded = fold(copy.deepcopy(space.model).eval(), example, require=False)
+        return cls(OnnxTemplate(space, folded, example), open_session(device))
 
     def kernels(self, choices: Sequence[WidthChoice]) -> list[tuple[Kernel, ...]]:
         """The kernels of each choice, in order of execution; new choices are lowered in batches.

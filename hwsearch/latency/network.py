@@ -29,7 +29,8 @@ class NetworkLatency:
     Args:
         space: the widths.
         predictor: fitted for the device.
-        lowering: turns choices into the device's kernels.
+        lowering: turns choices into the device's kernels; by default one of its own, for the space's model, on the
+            device that the predictor was made for.
         factor: every time is multiplied by it, see ``corrected``.
 
     Raises:
@@ -42,8 +43,9 @@ class NetworkLatency:
     """
 
     def __init__(
-        self, space: WidthSpace, predictor: LatencyPredictor, lowering: Lowering, *, factor: float = 1.0
+        self, space: WidthSpace, predictor: LatencyPredictor, lowering: Lowering | None = None, *, factor: float = 1.0
     ) -> None:
+        lowering = lowering if lowering is not None else Lowering.of(space, predictor.device_)
         if predictor.device_ != lowering.session.device.name:
             raise InputError(
                 f"the predictor is for device {predictor.device_!r}, the lowering asks"

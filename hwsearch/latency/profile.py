@@ -125,9 +125,11 @@ def current_check(device: Device, session: DeviceSession, message: Callable[[str
     """The device's saved check when it still holds, else a new one, saved."""
     if (device.table_folder / "device.json").exists():
         check = DeviceCheck.load(device.table_folder)
-        if not _differences(check.fingerprint, session.fingerprint):
+        changed = _differences(check.fingerprint, session.fingerprint)
+        if check.ok and not changed:
             return check
-        message(f"device {device.name} changed since it was checked: checking it again")
+        why = "changed since" if changed else "was too noisy when"
+        message(f"device {device.name} {why} it was checked: checking it again")
     return check_device(device, session=session, message=message)
 
 

@@ -36,6 +36,7 @@ class _Writer:
         self.weights: dict[str, np.ndarray] = {}
         self.macs = 0
         self.parameters: int = 0
+        self._nodes_before = -1
         self.budget = 3e6 * (120e6 / 3e6) ** rng.random()
         # One alignment a network: user spaces are aligned or they are not, and layouts depend on the neighbours'
         # widths.
@@ -53,9 +54,11 @@ class _Writer:
     def coin(self, probability: float) -> bool:
         return bool(self.rng.random() < probability)
 
-    @property
-    def full(self) -> bool:
-        return bool(self.macs >= self.budget)
+    def goes_on(self, nodes: int) -> bool:
+        """Whether another block is due: not when MACs or nodes are reached, nor when nothing more fits."""
+        stuck = len(self.nodes) == self._nodes_before
+        self._nodes_before = len(self.nodes)
+        return self.macs < self.budget and len(self.nodes) < nodes and not stuck
 
     def fits(self, macs: float, parameters: float) -> bool:
         """Whether a layer may be added: networks stay within ten milliseconds or so and a few megabytes."""
@@ -146,22 +149,20 @@ class _Writer:
 
 
 def _vgg(w: _Writer, x: _Shape) -> _Shape:
-    while not w.full:
+    while w.goes_on(40):
         channels = w.width(8, 1.6 * min(x.channels, 160) + 24)
         for _ in range(w.rng.integers(1, 4)):
             kernel = int(w.rng.choice([3, 5, 1, 7], p=[0.72, 0.1, 0.15, 0.03]))
             x = w.conv(x, channels if w.coin(0.6) else w.width(8, 1.5 * channels), kernel)
         if w.coin(0.6):
             x = w.pool(x) if w.coin(0.7) else w.conv(x, x.channels, 3, 2)
-        if len(w.nodes) > 40:
-            break
     return x
 
 
 def _resnet(w: _Writer, x: _Shape) -> _Shape:
     bottleneck, late = w.coin(0.35), w.coin(0.8)
     x = w.conv(x, w.width(12, 96), 3)
-    while not w.full and len(w.nodes) < 70:
+    while w.goes_on(70):
         stride = 2 if x.side > 6 and w.coin(0.3) else 1
         out = w.width(12, 256) if stride == 2 or w.coin(0.15) else x.channels
         middle = w.width(max(8, out / 4), out) if w.coin(0.8) else out
@@ -177,7 +178,7 @@ def _resnet(w: _Writer, x: _Shape) -> _Shape:
 def _grouped(w: _Writer, x: _Shape) -> _Shape:
     groups = int(w.rng.choice([2, 4, 8]))
     x = w.conv(x, w.width(32, 96) // groups * groups + groups, 3)
-    while not w.full and len(w.nodes) < 60:
+    while w.goes_on(60):
         stride = 2 if x.side > 6 and w.coin(0.25) else 1
         middle = max(1, w.width(24, 192) // groups) * groups
         y = w.conv(x, middle, 1)
@@ -196,7 +197,7 @@ def _squeeze(w: _Writer, x: _Shape) -> _Shape:
 
 def _inverted(w: _Writer, x: _Shape, *, squeeze: float) -> _Shape:
     x = w.conv(x, w.width(8, 48), 3)
-    while not w.full and len(w.nodes) < 90:
+    while w.goes_on(90):
         stride = 2 if x.side > 6 and w.coin(0.25) else 1
         out = w.width(8, 160) if stride == 2 or w.coin(0.25) else x.channels
         # Pruned networks have free expansion widths; the textbook ones a factor of the input's.
@@ -218,7 +219,7 @@ def _se(w: _Writer, x: _Shape) -> _Shape:
     if w.coin(0.6):
         return _inverted(w, x, squeeze=0.7)
     x = w.conv(x, w.width(12, 96), 3)
-    while not w.full and len(w.nodes) < 70:
+    while w.goes_on(70):
         x = w.add(x, _squeeze(w, w.conv(w.conv(x, w.width(12, 160), 3), x.channels, 3, act=None)), act="Relu")
         x = w.pool(x) if w.coin(0.2) else x
     return x
@@ -226,7 +227,7 @@ def _se(w: _Writer, x: _Shape) -> _Shape:
 
 def _separable(w: _Writer, x: _Shape) -> _Shape:
     x = w.conv(x, w.width(8, 64), 3)
-    while not w.full and len(w.nodes) < 80:
+    while w.goes_on(80):
         stride = 2 if x.side > 6 and w.coin(0.25) else 1
         x = w.conv(x, x.channels, int(w.rng.choice([3, 5])), stride, groups=x.channels)
         x = w.conv(x, w.width(12, 320), 1)
@@ -236,7 +237,7 @@ def _separable(w: _Writer, x: _Shape) -> _Shape:
 def _dense(w: _Writer, x: _Shape) -> _Shape:
     x = w.conv(x, w.width(12, 64), 3)
     growth = w.width(8, 40)
-    while not w.full and len(w.nodes) < 70:
+    while w.goes_on(70):
         y = w.conv(x, w.width(growth, 4 * growth), 1) if w.coin(0.6) else x
         x = w.concat([x, w.conv(y, growth, 3)])
         if x.channels > 200 or w.coin(0.12):
@@ -246,7 +247,7 @@ def _dense(w: _Writer, x: _Shape) -> _Shape:
 
 def _branches(w: _Writer, x: _Shape) -> _Shape:
     x = w.conv(x, w.width(12, 96), 3)
-    while not w.full and len(w.nodes) < 80:
+    while w.goes_on(80):
         parts = [w.conv(w.conv(x, w.width(8, 64), 1), w.width(8, 96), int(k)) for k in w.rng.choice([3, 5], size=2)]
         parts.append(w.conv(x, w.width(8, 64), 1))
         x = w.concat([p for p in parts if p.name != x.name] or [x])

@@ -178,12 +178,12 @@ class CafeNet(Searcher):
         space: the allowed widths.
         budget: what the found network must keep.
         config: see ``CafeNetConfig``; its trainings carry seeds of their own.
-        model: the model that the space was made from; never changed.
+        model: the model that the space was made from, by default the very one; never changed.
         seed: of the evolution.
         folder: the run folder, see ``Searcher``.
 
     Example:
-        >>> result = CafeNet(space, budget, model=model, folder="runs/first").search(train, valid)    # doctest: +SKIP
+        >>> result = CafeNet(space, budget, folder="runs/first").search(train, valid)    # doctest: +SKIP
     """
 
     method: ClassVar[str] = "cafenet"
@@ -194,12 +194,15 @@ class CafeNet(Searcher):
         budget: Budget,
         config: CafeNetConfig | None = None,
         *,
-        model: nn.Module,
+        model: nn.Module | None = None,
         seed: int = 0,
         folder: str | os.PathLike[str] | RunFolder | None = None,
     ) -> None:
         super().__init__(space, budget, seed=seed, folder=folder)
-        self.config, self.model = config or CafeNetConfig(), model
+        full = model if model is not None else space.model
+        if full is None:
+            raise InputError("CafeNet needs the model that the space was made from: give model=")
+        self.config, self.model = config or CafeNetConfig(), full
 
     def _settings(self) -> Mapping[str, Any]:
         settings = asdict(self.config)
