@@ -1,14 +1,14 @@
 """The campaign's diary: an SQLite file (WAL) in which every finished measurement is committed at once.
 
-What is in it survives ``kill -9`` at any moment. One journal belongs to one device, fingerprint and reference speed; it
-may hold several campaigns (other seeds, other models), and a network measured by one is not measured again by another.
+What is in it survives ``kill -9`` at any moment. One journal belongs to one device and fingerprint; it may hold several
+campaigns (other seeds, other models), and their networks all go into the device's table.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -16,20 +16,25 @@ from typing import Any
 
 from hwsearch.errors import InputError, SchemaError
 from hwsearch.graph.kernel import Kernel
-from hwsearch.latency.table import NetworkSample
+from hwsearch.latency.visits import Network, Visit
 
 SCHEMA = "hwsearch.journal"
 VERSION = 1
 
 _TABLES = """
+BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS samples (id TEXT PRIMARY KEY, reference_ms REAL NOT NULL, document TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS places (
-    campaign TEXT NOT NULL, place INTEGER NOT NULL, id TEXT NOT NULL, seconds REAL NOT NULL, error TEXT NOT NULL,
-    PRIMARY KEY (campaign, place)
+CREATE TABLE IF NOT EXISTS networks (id TEXT PRIMARY KEY, source TEXT NOT NULL, kernels TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS visits (
+    campaign TEXT NOT NULL, place INTEGER NOT NULL, visit INTEGER NOT NULL, id TEXT NOT NULL, seconds REAL NOT NULL,
+    reference_ms REAL NOT NULL, document TEXT NOT NULL, error TEXT NOT NULL, PRIMARY KEY (campaign, place, visit)
 );
+COMMIT;
 """
 _COLUMNS = tuple(f.name for f in fields(Kernel) if f.name != "source")
+
+#: Place of a network in a plan, and number of the visit to it.
+Slot = tuple[int, int]
 
 
 class Journal:
@@ -51,7 +56,7 @@ class Journal:
             self._base = sqlite3.connect(path, timeout=1.0, isolation_level=None)
             self._base.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._base.execute("PRAGMA journal_mode=WAL")
-            self._base.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+            self._base.executescript(_TABLES)
         except (OSError, sqlite3.OperationalError) as error:
             if "locked" in str(error):
                 raise InputError(f"{path} is in use: another process profiles this device; wait for it") from None
@@ -67,49 +72,57 @@ class Journal:
         """Names and texts kept for good, such as the fingerprint."""
         return Meta(self._base)
 
-    def places(self, campaign: str) -> dict[int, float]:
-        """Places of a plan that are dealt with, and the device seconds each cost."""
-        rows = self._base.execute("SELECT place, seconds FROM places WHERE campaign = ?", (campaign,))
-        return {int(place): float(seconds) for place, seconds in rows}
+    def done(self, campaign: str) -> dict[Slot, float]:
+        """Visits of a plan that are dealt with, and the device seconds that each cost."""
+        query = "SELECT place, visit, seconds FROM visits WHERE campaign = ?"
+        return {(int(p), int(v)): float(seconds) for p, v, seconds in self._base.execute(query, (campaign,))}
 
-    def failures(self, campaign: str) -> dict[str, str]:
-        """Networks of a campaign that have no time, and why."""
-        rows = self._base.execute(
-            "SELECT id, error FROM places WHERE campaign = ? AND error != '' ORDER BY place", (campaign,)
-        )
-        return dict(rows.fetchall())
+    def failed(self, campaign: str) -> set[int]:
+        """Places whose network the runtime rejects or crashes on."""
+        query = "SELECT DISTINCT place FROM visits WHERE campaign = ? AND error != ''"
+        return {int(place) for (place,) in self._base.execute(query, (campaign,))}
 
-    def has(self, network: str) -> bool:
-        """Whether a network was measured, by any campaign."""
-        return self._base.execute("SELECT 1 FROM samples WHERE id = ?", (network,)).fetchone() is not None
-
-    def record(self, campaign: str, place: int, sample: NetworkSample, reference_ms: float) -> None:
-        """Commit one measurement, and the reference speed that its milliseconds refer to."""
+    def record(self, campaign: str, slot: Slot, network: Network, visit: Visit, reference_ms: float) -> None:
+        """Commit one measurement, with the reference speed that its milliseconds refer to."""
+        kernels = json.dumps([[getattr(kernel, name) for name in _COLUMNS] for kernel in network.kernels])
+        document = json.dumps({f.name: getattr(visit, f.name) for f in fields(visit)})
         with self._transaction():
-            row = (sample.id, reference_ms, _to_text(sample))
-            self._base.execute("INSERT OR REPLACE INTO samples VALUES (?, ?, ?)", row)
-            self._place(campaign, place, sample.id, sample.seconds, "")
+            row = (network.id, network.source, kernels)
+            self._base.execute("INSERT OR REPLACE INTO networks VALUES (?, ?, ?)", row)
+            self._put(campaign, slot, network.id, visit.seconds, reference_ms, document, "")
 
-    def skip(self, campaign: str, place: int, network: str, error: str = "") -> None:
-        """Commit that a place needs no measurement (done before), or cannot have one (``error``)."""
+    def skip(self, campaign: str, slot: Slot, network: str, error: str) -> None:
+        """Commit that a visit cannot be made."""
         with self._transaction():
-            self._place(campaign, place, network, 0.0, error)
+            self._put(campaign, slot, network, 0.0, 0.0, "", error)
 
-    def forget(self, campaign: str, places: Sequence[int]) -> None:
-        """Let failed places be tried again; measurements stay."""
+    def forget(self, campaign: str, slots: Sequence[Slot]) -> None:
+        """Let visits that failed be tried again; measurements stay."""
         with self._transaction():
-            for place in places:
-                query = "DELETE FROM places WHERE campaign = ? AND place = ? AND error != ''"
-                self._base.execute(query, (campaign, place))
+            for place, visit in slots:
+                query = "DELETE FROM visits WHERE campaign = ? AND place = ? AND visit = ? AND document = ''"
+                self._base.execute(query, (campaign, place, visit))
 
-    def samples(self) -> tuple[tuple[NetworkSample, float], ...]:
-        """Every measurement with its reference speed, sorted by id.
+    def measurements(self) -> tuple[dict[str, Network], list[tuple[Visit, float]]]:
+        """All networks by id, and all visits with their reference speeds.
 
         Raises:
             SchemaError: a row that this release cannot read.
         """
-        rows = self._base.execute("SELECT id, reference_ms, document FROM samples ORDER BY id").fetchall()
-        return tuple((_from_text(self.path, name, text), float(reference)) for name, reference, text in rows)
+        rows = self._base.execute("SELECT id, source, kernels FROM networks ORDER BY id").fetchall()
+        networks = {str(name): self._network(str(name), str(source), text) for name, source, text in rows}
+        query = "SELECT id, reference_ms, document FROM visits WHERE document != '' ORDER BY campaign, place, visit"
+        visits = []
+        for name, reference_ms, text in self._base.execute(query).fetchall():
+            try:
+                values = json.loads(text)
+                visit = Visit(**(values | {"shares": tuple(map(float, values["shares"]))}))
+                if len(visit.shares) != len(networks[visit.network].kernels):
+                    raise ValueError("its nodes are not those of its network")
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._unreadable(str(name), error) from None
+            visits.append((visit, float(reference_ms)))
+        return networks, visits
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of it."""
@@ -131,9 +144,25 @@ class Journal:
             raise
         self._base.execute("COMMIT")
 
-    def _place(self, campaign: str, place: int, network: str, seconds: float, error: str) -> None:
-        row = (campaign, place, network, seconds, error)
-        self._base.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?)", row)
+    def _put(
+        self, campaign: str, slot: Slot, network: str, seconds: float, reference_ms: float, document: str, error: str
+    ) -> None:
+        row = (campaign, *slot, network, seconds, reference_ms, document, error)
+        self._base.execute("INSERT OR REPLACE INTO visits VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def _network(self, name: str, source: str, text: str) -> Network:
+        try:
+            kernels = []
+            for cells in json.loads(text):
+                values: dict[str, Any] = dict(zip(_COLUMNS, cells, strict=True))
+                values["fused"] = tuple(values["fused"])
+                kernels.append(Kernel(**values))
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._unreadable(name, error) from None
+        return Network(name, source, tuple(kernels))
+
+    def _unreadable(self, network: str, error: Exception) -> SchemaError:
+        return SchemaError(f"{self.path}: network {network!r} cannot be read ({error}); move the file away")
 
 
 class Meta:
@@ -151,26 +180,3 @@ class Meta:
         """The text under the name, stored now when it is new."""
         self._base.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (name, value))
         return str(self.get(name))
-
-
-def _to_text(sample: NetworkSample) -> str:
-    document: dict[str, Any] = {f.name: getattr(sample, f.name) for f in fields(sample) if f.name != "kernels"}
-    document["kernels"] = [[getattr(kernel, name) for name in _COLUMNS] for kernel in sample.kernels]
-    return json.dumps(document)
-
-
-def _from_text(path: Path, name: str, text: str) -> NetworkSample:
-    try:
-        document: Mapping[str, Any] = json.loads(text)
-        kernels = []
-        for cells in document["kernels"]:
-            values = dict(zip(_COLUMNS, cells, strict=True))
-            values["fused"] = tuple(values["fused"])
-            kernels.append(Kernel(**values))
-        rest = {key: value for key, value in document.items() if key != "kernels"}
-        rest["node_ms"] = tuple(rest["node_ms"])
-        return NetworkSample(kernels=tuple(kernels), **rest)
-    except (KeyError, TypeError, ValueError) as error:
-        raise SchemaError(
-            f"{path}: network {name!r} cannot be read ({error}); move the file away, profile again"
-        ) from None

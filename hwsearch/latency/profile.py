@@ -1,37 +1,48 @@
 """The campaign: times the networks of a plan on a device until the time is up, and writes the device's table.
 
-Every finished measurement is committed to a journal at once, so a campaign killed at any moment goes on where it was
-with the same call. On a device whose times do not depend on what ran before (the simulated one) the table of a campaign
-that was killed is the same, byte for byte, as that of one that was not: places of the plan are timed in batches of
-fixed members, and whether there is time for another batch is decided by the batches before it alone.
+Work goes in steps. Step s visits for the first time the s-th block of the plan's networks, and again the blocks 1, 4
+and 6
+steps back: a network's visits lie apart in time (``visits.py`` says why), and each step ties several blocks together.
+Every finished visit is committed to a journal at once, so a campaign killed at any moment goes on where it was with the
+same call. What a step holds follows from the plan, and whether there is time for another step from the steps before it;
+so on a device whose times do not depend on what ran before (the simulated one) the table of a campaign that was killed
+is the same, byte for byte, as that of one that was not.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from hwsearch.device.check import DeviceCheck, check_device
 from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.device.stopwatch import PROFILE, StopwatchSettings, Timing
 from hwsearch.errors import HwsearchError, InputError, NoisyDeviceError
-from hwsearch.latency.journal import Journal
+from hwsearch.latency.journal import Journal, Slot
 from hwsearch.latency.sample import NetworkTemplate, PlannedNetwork, SamplingPlan
-from hwsearch.latency.table import LatencyTable, NetworkSample
+from hwsearch.latency.table import LatencyTable
+from hwsearch.latency.visits import Network, Visit, combine
 
 #: Told (networks done, device seconds spent, device seconds planned, message).
 Progress = Callable[[int, float, float, str], None]
 
 JOURNAL = "journal.sqlite"
-#: Networks a batch: enough to interleave, few enough that the time limit is kept to within seconds.
-BATCH = 16
-#: Fields of the fingerprint that a campaign may see change without its numbers losing their meaning.
+#: Networks that a step visits for the first time; with the visits to earlier blocks it lasts some seconds.
+BLOCK = 16
+#: Steps from a network's first visit to each of its visits: a perfect ruler, its six distances are all different, so
+#: that the steps of a campaign are tied to each other in as many ways as four visits allow.
+LAGS = (0, 1, 4, 6)
+#: A visit is short: what differs from one load of a network to the next is far more than what rounds average out.
+VISIT = replace(PROFILE, rounds_min=4, rounds_max=6, good_min=3, reading_ms=2.0, warmup_seconds=0.02, profile_runs=12)
+#: Fields of the fingerprint that may change within a campaign without its numbers losing their meaning.
 _HARMLESS = ("system", "governor")
-_SMALLEST_MS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,27 @@ class _Campaign:
     plan: SamplingPlan
     reference_ms: float
     settings: StopwatchSettings
+    visits: int
+    networks: int | None
     budget_s: float
     tell: Progress
+
+    def slots(self, step: int) -> list[Slot]:
+        """The visits of a step, (place, visit); none when everything was visited."""
+        blocks = [(step - lag, visit) for visit, lag in enumerate(LAGS[: self.visits])]
+        return [
+            (place, visit)
+            for block, visit in blocks
+            if block >= 0
+            for place in range(block * BLOCK, (block + 1) * BLOCK)
+            if self.networks is None or place < self.networks
+        ]
+
+    def last_step(self) -> float:
+        """Number of the last step that has a visit to make."""
+        if self.networks is None:
+            return math.inf
+        return (self.networks - 1) // BLOCK + LAGS[self.visits - 1]
 
 
 def profile(
@@ -57,13 +87,14 @@ def profile(
     seed: int = 0,
     progress: Progress | None = None,
     session: DeviceSession | None = None,
-    settings: StopwatchSettings = PROFILE,
+    settings: StopwatchSettings = VISIT,
+    visits: int | None = None,
 ) -> LatencyTable:
     """Time networks on a device and write its table, ``latency_tables/<name>/``.
 
     Called again with the same arguments it goes on, or returns at once when the time is spent. With more minutes it
-    adds networks; with other templates or another seed it adds another campaign to the same table. A device without a
-    ``device.json`` is checked first.
+    adds networks; with other templates or another seed it adds another campaign to the same table. A device without
+    a ``device.json`` is checked first.
 
     Args:
         device: the device or its name.
@@ -72,13 +103,13 @@ def profile(
         networks: stop after this many networks of the plan, even if there is time left.
         resume: False moves an earlier journal aside (``journal.sqlite.old``) and starts anew.
         seed: of the plan.
-        progress: told (done, seconds spent, seconds planned, message).
+        progress: told (networks done, seconds spent, seconds planned, message).
         session: an open session to use.
-        settings: how carefully to time.
+        settings: how carefully to time at each visit.
+        visits: to each network, 1 to 4; None is 4, and 1 on a simulated device, where every visit finds the same.
 
     Raises:
-        InputError: values that make no sense, a folder that cannot be written, a journal of another runtime version,
-            CPU ...
+        InputError: values that make no sense, a folder that cannot be written, a journal of another runtime or CPU.
         NoisyDeviceError: the device's check says so, or most networks found no quiet moment.
 
     Example:
@@ -86,7 +117,7 @@ def profile(
         >>> len(table.networks)                               # doctest: +SKIP
         96
     """
-    _check(minutes, networks)
+    _check(minutes, networks, visits)
     device = Device.load(device) if isinstance(device, str) else device
     plan = SamplingPlan(seed=seed, templates=tuple(templates))
     tell: Progress = progress or (lambda done, spent, budget, message: None)
@@ -95,7 +126,7 @@ def profile(
         with open_session(device, message=lambda text: tell(0, 0.0, 60 * minutes, text)) as opened:
             return profile(
                 device, minutes=minutes, templates=templates, networks=networks, resume=resume, seed=seed,
-                progress=progress, session=opened, settings=settings,
+                progress=progress, session=opened, settings=settings, visits=visits,
             )  # fmt: skip
     path = device.table_folder / JOURNAL
     if not resume:
@@ -108,15 +139,24 @@ def profile(
                 f"{device.name} is too noisy to be profiled ({'; '.join(check.messages)}): stop other work, then run"
                 f" `hwsearch device check {device.name}`"
             )
-        campaign = _Campaign(session, journal, plan, check.reference_ms, settings, 60 * minutes, tell)
-        _work(campaign, networks)
-        # The reference speed may have been checked anew since: milliseconds are ratios to it, so they move exactly.
-        samples = [sample.scaled(check.reference_ms / made) if made != check.reference_ms else sample
-                   for sample, made in journal.samples()]  # fmt: skip
-    if not samples:
+        times = visits or (1 if device.simulated else len(LAGS))
+        campaign = _Campaign(
+            session, journal, plan, check.reference_ms, settings, times, networks, 60 * minutes, tell
+        )  # fmt: skip
+        _work(campaign)
+        known, made = journal.measurements()
+    # The reference speed may have been checked anew since: milliseconds are ratios to it, so they move exactly.
+    moved = [
+        visit
+        if then == check.reference_ms
+        else replace(visit, measured_ms=visit.measured_ms * check.reference_ms / then)
+        for visit, then in made
+    ]
+    found = combine(known, moved)
+    if not found.samples:
         raise InputError(f"no network was measured on {device.name!r}: give the campaign more than {minutes:g} minutes")
-    table = LatencyTable(device.name, session.fingerprint, check.reference_ms, check.noise_floor, ())
-    table = table.with_networks(samples)
+    floor = check.noise_floor if found.retest is None or device.simulated else float(f"{found.retest:.4g}")
+    table = LatencyTable(device.name, session.fingerprint, check.reference_ms, floor, found.samples)
     table.save(device.table_folder)
     return table
 
@@ -125,92 +165,99 @@ def current_check(device: Device, session: DeviceSession, message: Callable[[str
     """The device's saved check when it still holds, else a new one, saved."""
     if (device.table_folder / "device.json").exists():
         check = DeviceCheck.load(device.table_folder)
-        changed = _differences(check.fingerprint, session.fingerprint)
-        if check.ok and not changed:
+        if not _differences(check.fingerprint, session.fingerprint):
             return check
-        why = "changed since" if changed else "was too noisy when"
-        message(f"device {device.name} {why} it was checked: checking it again")
+        message(f"device {device.name} changed since it was checked: checking it again")
     return check_device(device, session=session, message=message)
 
 
-def _work(campaign: _Campaign, networks: int | None) -> None:
-    """Batch after batch until the time or the number of networks is reached."""
-    plan, journal = campaign.plan, campaign.journal
-    done = journal.places(plan.key)
-    start = 0
-    while networks is None or start < networks:
-        spent = sum(seconds for place, seconds in done.items() if place < start)
-        campaign.tell(len(done), sum(done.values()), campaign.budget_s, "timing networks")
-        if spent >= campaign.budget_s:
-            break
-        end = start + BATCH if networks is None else min(start + BATCH, networks)
-        missing = [place for place in range(start, end) if place not in done]
+def _work(campaign: _Campaign) -> None:
+    """Step after step until the time is spent or every network was visited."""
+    done = campaign.journal.done(campaign.plan.key)
+    step, spent = 0, 0.0
+    while step <= campaign.last_step() and spent < campaign.budget_s:
+        slots = campaign.slots(step)
+        missing = [slot for slot in slots if slot not in done]
         if missing:
-            _batch(campaign, missing, done)
-        start = end
-    campaign.tell(len(done), sum(done.values()), campaign.budget_s, "done")
+            _tell(campaign, done, "timing networks")
+            _step(campaign, step, missing, done)
+        spent += math.fsum(done.get(slot, 0.0) for slot in slots)
+        step += 1
+    _tell(campaign, done, "done")
 
 
-def _batch(campaign: _Campaign, places: list[int], done: dict[int, float]) -> None:
-    """Time the networks at some places; ``done`` is kept up to date."""
+def _step(campaign: _Campaign, step: int, slots: list[Slot], done: dict[Slot, float]) -> None:
+    """Make some visits of a step, interleaved in random order; ``done`` is kept up to date."""
     journal, key = campaign.journal, campaign.plan.key
-    waiting: dict[str, PlannedNetwork] = {}
-    for place in places:
-        planned = campaign.plan.network(place)
-        if journal.has(planned.id) or planned.id in waiting:
-            journal.skip(key, place, planned.id)
-            done[place] = 0.0
+    broken = journal.failed(key)
+    order = np.random.default_rng([campaign.plan.seed, step]).permutation(len(slots))
+    waiting: dict[str, tuple[Slot, PlannedNetwork]] = {}
+    for slot in (slots[index] for index in order):
+        planned = campaign.plan.network(slot[0])
+        if slot[0] in broken:
+            journal.skip(key, slot, planned.id, "an earlier visit failed")
+            done[slot] = 0.0
         else:
-            waiting[planned.id] = planned
-    noisy: list[HwsearchError] = []
+            waiting[f"{planned.id}, visit {slot[1] + 1} (place {slot[0]})"] = slot, planned
+    noisy: list[Slot] = []
+    reasons: list[HwsearchError] = []
 
     def failed(name: str, error: HwsearchError) -> None:
-        noisy.extend([error] if isinstance(error, NoisyDeviceError) else [])
-        journal.skip(key, waiting[name].index, name, str(error))
-        done[waiting[name].index] = 0.0
-        campaign.tell(len(done), sum(done.values()), campaign.budget_s, f"skipped: {error}")
+        slot, planned = waiting[name]
+        if isinstance(error, NoisyDeviceError):
+            noisy.append(slot)
+            reasons.append(error)
+            # Not the network's fault: other visits to it may do better.
+            journal.skip(key, slot, planned.id, "")
+        else:
+            journal.skip(key, slot, planned.id, str(error))
+        done[slot] = 0.0
+        _tell(campaign, done, f"skipped: {error}")
 
-    jobs = [(planned.id, planned.onnx) for planned in waiting.values()]
-    timings = campaign.session.time(
-        jobs, reference_ms=campaign.reference_ms, settings=campaign.settings, nodes=True, on_error=failed
-    )
-    for timing in timings:
-        planned = waiting[timing.network]
-        journal.record(key, planned.index, sample_of(timing, planned.source), campaign.reference_ms)
-        done[planned.index] = timing.seconds
-        campaign.tell(len(done), sum(done.values()), campaign.budget_s, f"{planned.source} {timing.measured_ms:.3g} ms")
+    jobs = [(name, planned.onnx) for name, (_, planned) in waiting.items()]
+    # Another order of rounds each time, should a step be worked off in two parts.
+    settings = replace(campaign.settings, seed=campaign.settings.seed + step)
+    for timing in campaign.session.time(
+        jobs, reference_ms=campaign.reference_ms, settings=settings, nodes=True, on_error=failed
+    ):
+        slot, planned = waiting[timing.network]
+        network, visit = _visit(timing, planned, f"{key}/{step:05d}")
+        journal.record(key, slot, network, visit, campaign.reference_ms)
+        done[slot] = timing.seconds
+        _tell(campaign, done, f"{planned.source} {timing.measured_ms:.3g} ms")
     if len(noisy) > len(jobs) / 2:
         # They may go better another time; a table of a busy machine is worse than none.
-        journal.forget(key, [waiting[planned.id].index for planned in waiting.values()])
-        raise NoisyDeviceError(f"{len(noisy)} of {len(jobs)} networks found no quiet moment: {noisy[0]}")
+        journal.forget(key, noisy)
+        raise NoisyDeviceError(f"{len(noisy)} of {len(jobs)} networks found no quiet moment: {reasons[0]}")
 
 
-def sample_of(timing: Timing, source: str) -> NetworkSample:
-    """A timing as a line of the table: node times are shares of the un-profiled total."""
-    return NetworkSample(
-        id=timing.network,
-        source=source,
-        kernels=tuple(replace(kernel, source=()) for kernel in timing.kernels),
-        node_ms=tuple(_rounded(max(share * timing.measured_ms, _SMALLEST_MS)) for _, share in timing.node_shares),
-        measured_ms=_rounded(timing.measured_ms),
-        raw_p50_ms=_rounded(timing.raw_p50_ms),
-        raw_p90_ms=_rounded(timing.raw_p90_ms),
-        spread=_rounded(min(timing.spread, 1.0)),
+def _visit(timing: Timing, planned: PlannedNetwork, step: str) -> tuple[Network, Visit]:
+    kernels = tuple(replace(kernel, source=()) for kernel in timing.kernels)
+    visit = Visit(
+        network=planned.id,
+        step=step,
+        measured_ms=timing.measured_ms,
+        raw_p50_ms=timing.raw_p50_ms,
+        raw_p90_ms=timing.raw_p90_ms,
+        spread=timing.spread,
         rounds=timing.rounds,
-        seconds=_rounded(timing.seconds),
+        seconds=timing.seconds,
+        shares=tuple(share for _, share in timing.node_shares),
     )
+    return Network(planned.id, planned.source, kernels), visit
 
 
-def _rounded(value: float) -> float:
-    """Six significant digits: far finer than any measurement, and short in a CSV file."""
-    return float(f"{value:.6g}")
+def _tell(campaign: _Campaign, done: dict[Slot, float], message: str) -> None:
+    networks = len({place for place, _ in done})
+    campaign.tell(networks, math.fsum(done.values()), campaign.budget_s, message)
 
 
-def _check(minutes: float, networks: int | None) -> None:
+def _check(minutes: float, networks: int | None, visits: int | None) -> None:
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not math.isfinite(minutes) or minutes <= 0:
         raise InputError(f"minutes is {minutes!r}; use a number above 0")
-    if networks is not None and (isinstance(networks, bool) or not isinstance(networks, int) or networks < 1):
-        raise InputError(f"networks is {networks!r}; use a whole number from 1 up, or None for no limit")
+    for name, value, most in (("networks", networks, math.inf), ("visits", visits, len(LAGS))):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+            raise InputError(f"{name} is {value!r}; use a whole number from 1 to {most}, or None")
 
 
 def _differences(old: Fingerprint, new: Fingerprint) -> list[str]:
@@ -223,13 +270,11 @@ def _same_device(journal: Journal, fingerprint: Fingerprint, path: Path) -> None
     Raises:
         InputError: the journal was made under another fingerprint.
     """
-    import json
-
     stored = journal.meta.setdefault("fingerprint", json.dumps(fingerprint.to_dict(), sort_keys=True))
     different = _differences(Fingerprint.from_dict(json.loads(stored)), fingerprint)
     if different:
         raise InputError(
-            f"{path} was made on another device ({'; '.join(different)}): start anew (resume=False, --fresh)"
+            f"{path} was made on another device ({'; '.join(different)}): start anew with resume=False (--no-resume)"
         )
 
 
