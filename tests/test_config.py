@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwsearch.config import RunConfig
+from hwsearch.config import RunConfig, search_config
 from hwsearch.errors import InputError
 
 SMALLEST: dict[str, Any] = {
@@ -215,3 +215,34 @@ def test_nothing_but_an_input_error_ever_comes_out(section: str, name: str, valu
             RunConfig.from_dict(data)
         except InputError as error:
             assert "\n" not in str(error)  # noqa: PT017
+
+
+class TestSearchByOptions:
+    GOOD: ClassVar[dict[str, Any]] = {
+        "method": "cafenet",
+        "model": "hwsearch.models.vgg:vgg_small",
+        "shape": "1x1x28x28",
+        "data": "synthetic",
+        "budget": "simulated:0.2",
+        "folder": None,
+    }
+
+    def test_options_become_a_config(self, tmp_path: Path) -> None:
+        config = search_config(**{**self.GOOD, "folder": tmp_path / "mine"})
+        assert config.device.name == "simulated"
+        assert config.search.budget_ms == 0.2
+        assert config.run_folder == tmp_path / "mine"
+
+    @pytest.mark.parametrize("budget", ["simulated", "simulated:", ":3", "simulated:fast", "simulated:0", "simulated:nan"])
+    def test_budgets_that_are_none(self, budget: str) -> None:
+        with pytest.raises(InputError, match="DEVICE:MS"):
+            search_config(**{**self.GOOD, "budget": budget})
+
+    @pytest.mark.parametrize(("name", "option"), [("model", "--model"), ("shape", "--input"), ("budget", "--budget")])
+    def test_a_missing_option_is_named(self, name: str, option: str) -> None:
+        with pytest.raises(InputError, match=option):
+            search_config(**{**self.GOOD, name: None})
+
+    def test_an_unknown_method_is_refused(self) -> None:
+        with pytest.raises(InputError, match=r"search\.method"):
+            search_config(**{**self.GOOD, "method": "magic"})
