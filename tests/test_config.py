@@ -233,7 +233,7 @@ class TestSearchByOptions:
         assert config.search.budget_ms == 0.2
         assert config.run_folder == tmp_path / "mine"
 
-    @pytest.mark.parametrize("budget", ["simulated", "simulated:", ":3", "simulated:fast", "simulated:0", "simulated:nan"])
+    @pytest.mark.parametrize("budget", ["simulated", "simulated:", ":3", "simulated:x", "simulated:0", "simulated:nan"])
     def test_budgets_that_are_none(self, budget: str) -> None:
         with pytest.raises(InputError, match="DEVICE:MS"):
             search_config(**{**self.GOOD, "budget": budget})
