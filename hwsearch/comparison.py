@@ -52,6 +52,7 @@ class NetworkRow:
 def compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, ...], str]:
     """Full width, uniform scaling at the same budget and the found network: trained alike, tested, measured."""
     from hwsearch.graph.onnx_build import export_onnx
+    from hwsearch.latency.measure import measure_many
     from hwsearch.reparam.fold import fold
     from hwsearch.search.baselines import uniform
     from hwsearch.search.winner import train_choice
@@ -72,11 +73,16 @@ def compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, ..
             )
     assert result.model is not None
     networks["found"] = result.model
+    files = [
+        (name, export_onnx(fold(network, ready.example, require=False), ready.example))
+        for name, network in networks.items()
+    ]
+    # Interleaved with each other: a comparison must not depend on the minute in which each one was timed.
+    timings = measure_many(files, ready.session, reference_ms=ready.reference_ms)
     rows = []
-    for name, network in networks.items():
+    for (name, network), measured in zip(networks.items(), timings, strict=True):
         tested = evaluate(network, task, test, training)
         estimated = ready.latency.estimate(choices[name])
-        measured = ready.measure(export_onnx(fold(network, ready.example, require=False), ready.example))
         rows.append(
             NetworkRow(
                 name,
