@@ -33,6 +33,10 @@ DeviceName = Annotated[str, typer.Option("--device", "-d", help="A device of dev
 Model = Annotated[
     str, typer.Argument(help="An ONNX file, package.module:factory, timm:name, or a folder that hwsearch wrote.")
 ]
+Allow = Annotated[
+    str | None,
+    typer.Option("--allow-factory", help="The factory that a model folder names, repeated: loading runs its code."),
+]
 Input = Annotated[str | None, typer.Option("--input", "-i", help="Shape of one inference, such as 1x3x224x224.")]
 
 
@@ -169,7 +173,7 @@ def fit(device: DeviceName, as_json: Json = False) -> None:
 
 
 @app.command()
-def estimate(model: Model, device: DeviceName, input: Input = None, as_json: Json = False) -> None:
+def estimate(model: Model, device: DeviceName, input: Input = None, allow: Allow = None, as_json: Json = False) -> None:
     """Predict a model's milliseconds from its kernels.
 
     Example: hwsearch estimate hwsearch.models.resnet:resnet_small --device simulated --input 1x1x28x28
@@ -178,7 +182,7 @@ def estimate(model: Model, device: DeviceName, input: Input = None, as_json: Jso
     from hwsearch.device.spec import Device
 
     target = Device.load(device)
-    onnx = _argument(model, input).to_onnx()
+    onnx = _argument(model, input, allow).to_onnx()
     with open_session(target, message=Console(json=as_json).say) as session:
         predictor = _predictor(target, session.fingerprint)
         kernels = session.lower([onnx], [model])[0]
@@ -209,7 +213,7 @@ def estimate(model: Model, device: DeviceName, input: Input = None, as_json: Jso
 
 
 @app.command()
-def measure(model: Model, device: DeviceName, input: Input = None, as_json: Json = False) -> None:
+def measure(model: Model, device: DeviceName, input: Input = None, allow: Allow = None, as_json: Json = False) -> None:
     """Measure a model's milliseconds on a device.
 
     Example: hwsearch measure hwsearch.models.resnet:resnet_small --device simulated --input 1x1x28x28
@@ -221,7 +225,7 @@ def measure(model: Model, device: DeviceName, input: Input = None, as_json: Json
 
     talk = Console(json=as_json)
     target = Device.load(device)
-    onnx = _argument(model, input).to_onnx()
+    onnx = _argument(model, input, allow).to_onnx()
     with open_session(target, message=talk.say) as session:
         found = run_measure(onnx, session, reference_ms=ensure_checked(target, session, talk))
     facts = {"model": model, "device": target.name, **asdict(found)}
@@ -269,6 +273,7 @@ def fold(
     input: Input = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the folded network as ONNX.")] = None,
     prove_it: Annotated[bool, typer.Option("--verify", help="Prove the fold on random statistics.")] = False,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Fold batch normalisation.
@@ -277,7 +282,7 @@ def fold(
     """
     from hwsearch.model_argument import fold_model
 
-    facts = fold_model(_argument(model, input), output, prove_it=prove_it)
+    facts = fold_model(_argument(model, input, allow), output, prove_it=prove_it)
     _result(as_json, facts, lambda console: _facts(console, f"Folded {model}", facts))
 
 
@@ -288,6 +293,7 @@ def deploy(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     input: Input = None,
     budget_ms: Annotated[float | None, typer.Option(help="Milliseconds that the network must keep.")] = None,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Write a bundle that proves itself on the device.
@@ -300,7 +306,7 @@ def deploy(
 
     if budget_ms is not None:
         checked_ms(budget_ms, "--budget-ms")
-    argument = _argument(model, input)
+    argument = _argument(model, input, allow)
     bundle = write_bundle(
         argument.need_module(), argument.example_input, Device.load(device), output, budget_ms=budget_ms
     )
@@ -372,10 +378,10 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: J
         raise typer.Exit(outcome.verdict.exit_code)
 
 
-def _argument(model: str, shape: str | None) -> Any:
+def _argument(model: str, shape: str | None, allow: str | None) -> Any:
     from hwsearch.model_argument import load_model_argument, parse_shape
 
-    return load_model_argument(model, parse_shape(shape) if shape else None)
+    return load_model_argument(model, parse_shape(shape) if shape else None, allow_factory=allow)
 
 
 def _predictor(device: Any, fingerprint: Any) -> Any:

@@ -80,7 +80,11 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def load_model_argument(
-    spec: str, input_shape: tuple[int, ...] | None = None, kwargs: Mapping[str, Any] | None = None
+    spec: str,
+    input_shape: tuple[int, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    allow_factory: str | None = None,
 ) -> ModelArgument:
     """Load what the user named.
 
@@ -88,6 +92,7 @@ def load_model_argument(
         spec: see the module.
         input_shape: of one inference, batch included; a folder and an ONNX file of fixed shape bring their own.
         kwargs: arguments of a factory.
+        allow_factory: the factory that a model folder names, where it is not one of hwsearch's own: loading runs it.
 
     Raises:
         InputError, SchemaError, UnsupportedModelError: one line each: no such file, a damaged file, a factory that
@@ -98,7 +103,7 @@ def load_model_argument(
         onnx, shape = _pinned_onnx(path, input_shape)
         return ModelArgument(spec, shape, onnx=onnx)
     if path.is_dir():
-        return _from_folder(path, input_shape)
+        return _from_folder(path, input_shape, allow_factory)
     if ":" not in spec:
         raise InputError(
             f"there is no model {spec!r}: give an ONNX file, a folder that hwsearch wrote, timm:name, or "
@@ -111,7 +116,7 @@ def load_model_argument(
     return ModelArgument(spec, input_shape, module=load_factory(spec, **dict(kwargs or {})), factory=spec)
 
 
-def _from_folder(folder: Path, input_shape: tuple[int, ...] | None) -> ModelArgument:
+def _from_folder(folder: Path, input_shape: tuple[int, ...] | None, allow_factory: str | None) -> ModelArgument:
     """A model folder, or a run folder, whose found network stands in ``model/``."""
     from hwsearch.graph.model_folder import is_model_folder, load_model, read_description
     from hwsearch.reparam.fold import fold
@@ -123,7 +128,7 @@ def _from_folder(folder: Path, input_shape: tuple[int, ...] | None) -> ModelArgu
     shape = description.input_shape
     if input_shape is not None and input_shape != shape:
         raise InputError(f"the model in {found} takes {_text(shape)}, not {_text(input_shape)}: leave --input out")
-    return ModelArgument(str(folder), shape, module=load_model(found, fold=fold), factory=description.factory)
+    return ModelArgument(str(folder), shape, module=load_model(found, fold=fold, allow_factory=allow_factory), factory=description.factory)
 
 
 def _pinned_onnx(path: Path, input_shape: tuple[int, ...] | None) -> tuple[bytes, tuple[int, ...]]:

@@ -205,3 +205,16 @@ class TestBadConfigs:
         line = refused("run", "tiny.toml", code=1)
         assert "smallest reachable is" in line
         assert not (at_home / "runs" / "tiny" / "state" / "supernet").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_that_names_foreign_code_is_run_only_by_name(at_home: Path) -> None:
+    from hwsearch.graph.model_folder import save_model
+    from hwsearch.models.resnet import resnet_small
+
+    Path("mine.py").write_text(
+        "from hwsearch.models.resnet import resnet_small\n\n\ndef net():\n    return resnet_small()\n"
+    )
+    save_model("saved", resnet_small(), factory="mine:net", input_shape=(1, 1, 28, 28))
+    assert "--allow-factory mine:net" in refused("measure", "saved", *ON_SIMULATED)
+    assert answer("measure", "saved", *ON_SIMULATED, "--allow-factory", "mine:net")["measured_ms"] > 0

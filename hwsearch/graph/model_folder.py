@@ -194,7 +194,7 @@ def _build_named(folder: Path, description: ModelDescription, allow_factory: str
     if not _REFERENCE.fullmatch(spec):
         raise InputError(
             f"the model in {folder} wants to run {spec!r}, which is not a reference model of hwsearch; "
-            f"if you trust it, allow it by name: allow_factory={spec!r}"
+            f"if you trust it, allow it by name: allow_factory={spec!r}, or --allow-factory {spec}"
         )
     path, _, name = spec.partition(":")
     try:
