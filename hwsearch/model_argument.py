@@ -128,7 +128,12 @@ def _from_folder(folder: Path, input_shape: tuple[int, ...] | None, allow_factor
     shape = description.input_shape
     if input_shape is not None and input_shape != shape:
         raise InputError(f"the model in {found} takes {_text(shape)}, not {_text(input_shape)}: leave --input out")
-    return ModelArgument(str(folder), shape, module=load_model(found, fold=fold, allow_factory=allow_factory), factory=description.factory)
+    return ModelArgument(
+        str(folder),
+        shape,
+        module=load_model(found, fold=fold, allow_factory=allow_factory),
+        factory=description.factory,
+    )
 
 
 def _pinned_onnx(path: Path, input_shape: tuple[int, ...] | None) -> tuple[bytes, tuple[int, ...]]:
