@@ -3,6 +3,10 @@
 A group is a family on one layout (and, for what only moves bytes, one operation). All groups are fitted together, so
 that kernels match their shares *and* their sums match the networks' totals, which are known far better than any share.
 The base extrapolates sanely, which trees do not, and it is all there is where a family has few samples.
+
+One thing a kernel does not know of itself: whether its weights are still in a cache when its turn comes again. That
+depends on how many weights the whole network has. So each megabyte of weights costs a further ``context_ms(network's
+megabytes)``, a function that only rises, fitted with the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ SMALLEST_MS = 2e-4
 ANY = "any"
 _FEW = 40
 _HUBER = 0.3
-_COARSE = 3
+#: Megabytes around which (an octave wide) the cost of a megabyte of weights may rise: sizes of caches.
+CACHE_MB = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 #: For groups with few samples: overhead, MACs and bytes only. Terms that count a part of another one's work are left
 #: out.
@@ -39,10 +44,12 @@ class Base:
     Attributes:
         weights: ms per unit of each of ``TERMS``, by group; ``any`` is the pooled group for kernels of no known one.
         overhead_ms: what a whole network takes beyond its kernels.
+        context: rise of the cost of a megabyte of weights at each of ``CACHE_MB``, in ms.
     """
 
     weights: Mapping[str, tuple[float, ...]]
     overhead_ms: float
+    context: tuple[float, ...]
 
     def group(self, kernel: Kernel) -> str:
         """The most special fitted group that a kernel belongs to."""
@@ -57,10 +64,18 @@ class Base:
         """As ``ms``, with the terms computed."""
         return self.ms(kernels, cost_terms(kernels, vocabulary))
 
+    def context_ms(self, network_mb: np.ndarray) -> np.ndarray:
+        """Further milliseconds of each megabyte of weights, (M,), in networks of so many megabytes, (M,)."""
+        return np.asarray(_steps(network_mb) @ np.array(self.context))
+
     def to_dict(self) -> dict:
         """Plain values for a JSON file."""
         named = {group: dict(zip(TERMS, weights, strict=True)) for group, weights in self.weights.items()}
-        return {"overhead_ms": self.overhead_ms, "weights": named}
+        return {
+            "overhead_ms": self.overhead_ms,
+            "weights": named,
+            "context": dict(zip(map(str, CACHE_MB), self.context, strict=True)),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> Base:
@@ -68,7 +83,7 @@ class Base:
         weights = {str(g): tuple(float(named[name]) for name in TERMS) for g, named in data["weights"].items()}
         if ANY not in weights:
             raise ValueError(f"no group {ANY!r}")
-        return cls(weights, float(data["overhead_ms"]))
+        return cls(weights, float(data["overhead_ms"]), tuple(float(data["context"][str(mb)]) for mb in CACHE_MB))
 
 
 def group_names(kernel: Kernel) -> tuple[str, ...]:
@@ -78,21 +93,27 @@ def group_names(kernel: Kernel) -> tuple[str, ...]:
     return (wide, kernel.family) if kernel.family in CONVOLUTIONS else (f"{wide}/{kernel.op}", wide, kernel.family)
 
 
+def _steps(network_mb: np.ndarray) -> np.ndarray:
+    """How far each network is beyond each of ``CACHE_MB``, from 0 to 1 over an octave, (M, C)."""
+    octaves = np.log2(np.maximum(network_mb, 1e-6))[:, None] - np.log2(np.array(CACHE_MB))
+    return np.asarray(np.clip(octaves + 0.5, 0, 1))
+
+
 def fit_base(rows: Rows, profiler_ms: float) -> Base:
     """Non-negative least squares on relative errors of all kernels and all networks' sums, outliers damped (Huber)."""
     grouped = _groups(rows)
     names = sorted(set(grouped))
     counts = Counter(grouped)
     blocks = {name: _columns(counts[name]) for name in names}
-    solution, overhead = _solve(rows, grouped, blocks, profiler_ms, 0.0)
+    solution, overhead, context = _solve(rows, grouped, blocks, profiler_ms, 0.0)
     if overhead > 0:
-        solution, overhead = _solve(rows, grouped, blocks, profiler_ms, overhead)
+        solution, overhead, context = _solve(rows, grouped, blocks, profiler_ms, overhead)
     # For kernels of no fitted group: the family as a whole, and everything as a whole.
     families = np.array([kernel.family for kernel in rows.kernels], dtype=object)[rows.kernel]
     weights = _solve(rows, np.full(len(families), ANY), {ANY: _columns(0)}, profiler_ms, overhead)[0]
     weights |= _solve(rows, families, {f: _columns(0) for f in sorted(set(families))}, profiler_ms, overhead)[0]
     weights |= solution
-    return Base({name: tuple(float(w) for w in weights[name]) for name in sorted(weights)}, overhead)
+    return Base({name: tuple(float(w) for w in weights[name]) for name in sorted(weights)}, overhead, context)
 
 
 def _groups(rows: Rows) -> np.ndarray:
@@ -115,11 +136,12 @@ def _columns(samples: int) -> np.ndarray:
 
 def _solve(
     rows: Rows, grouped: np.ndarray, blocks: Mapping[str, np.ndarray], profiler_ms: float, overhead_ms: float
-) -> tuple[dict[str, np.ndarray], float]:
-    """Weights by group, and the overhead of a network, by iteratively re-weighted non-negative least squares."""
+) -> tuple[dict[str, np.ndarray], float, tuple[float, ...]]:
+    """(weights by group, overhead of a network, context) by iteratively re-weighted non-negative least squares."""
     from scipy import sparse
 
-    starts, width = {}, 1  # column 0 is the network's own overhead
+    # Column 0 is the network's own overhead, then come the steps of the context, then the groups.
+    starts, width = {}, 1 + len(CACHE_MB)
     for name, columns in blocks.items():
         starts[name], width = width, width + int(columns.max()) + 1
     observed = rows.observed_ms(profiler_ms, overhead_ms)
@@ -131,6 +153,9 @@ def _solve(
     row_number, _ = np.nonzero(used)
     shape = (len(observed), width)
     kernels = sparse.csr_matrix((values[used], (row_number, columns[used])), shape=shape)
+    context = rows.weight_mb[rows.kernel, None] * _steps(rows.network_mb)[rows.network]
+    row_number, step = np.nonzero(context)
+    kernels = kernels + sparse.csr_matrix((context[row_number, step], (row_number, 1 + step)), shape=shape)
     member = sparse.csr_matrix((np.ones(shape[0]), (rows.network, np.arange(shape[0]))))
     own = sparse.csr_matrix((np.ones(member.shape[0]), (np.arange(member.shape[0]), np.zeros(member.shape[0], int))),
                             shape=(member.shape[0], width))  # fmt: skip
@@ -149,7 +174,7 @@ def _solve(
     for name, block in blocks.items():
         mine = np.append(solution[starts[name] :], 0.0)
         found[name] = np.where(block >= 0, mine[np.maximum(block, 0)], 0.0)
-    return found, float(solution[0])
+    return found, float(solution[0]), tuple(float(w) for w in solution[1 : 1 + len(CACHE_MB)])
 
 
 def _robust_nnls(design, target: np.ndarray, limit: np.ndarray) -> np.ndarray:  # type: ignore[no-untyped-def]

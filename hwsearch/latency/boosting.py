@@ -2,9 +2,11 @@
 
 Each family has its own XGBoost model of log(ms / base). They are grown in turn, a tree each a round, under the loss::
 
-    sum_i w_i/2 (log(ms_i + p) - log(observed_i))^2  +  r sum_n W_n/2 (log(sum_{i in n} ms_i + c) - log(measured_n))^2
+    sum_i w_i/2 (log(ms_i + x_i + p) - log(observed_i))^2
+    + r sum_n W_n/2 (log(sum_{i in n} (ms_i + x_i) + c) - log(measured_n))^2
 
-``p`` is what the profiler adds to a node, ``c`` a network's overhead, ``r`` the kernels per network (so that both sums
+``p`` is what the profiler adds to a node, ``c`` a network's overhead, ``x`` what a kernel's weights cost in a network
+of so many, all three known from the base; ``r`` is the number of kernels per network (so that both sums
 weigh the same). Shares are noisy, biased and integers of microseconds; totals are none of that. The second-order term
 of a network's part is its share-weighted upper bound (Jensen), so every round goes down.
 """
@@ -25,8 +27,8 @@ _BASE_SPREAD = 0.03
 class BoostSettings:
     """Hyper-parameters of the trees; see ``LatencyPredictor``."""
 
-    rounds: int = 100
-    learning_rate: float = 0.1
+    rounds: int = 60
+    learning_rate: float = 0.15
     max_depth: int = 5
     min_child_weight: float = 5.0
     l2: float = 1.0
@@ -53,6 +55,7 @@ class BoostData:
         members: rows of each family that gets a model.
         features: (R, F) float32.
         log_base: log of the analytic base in ms, (R,).
+        context_ms: x of the module's formula, (R,).
         observed_ms: as the profiler saw it, (R,).
         network: network of each row, (R,).
         measured_ms, spread, nodes: of each network, (M,).
@@ -63,6 +66,7 @@ class BoostData:
     members: Mapping[str, np.ndarray]
     features: np.ndarray
     log_base: np.ndarray
+    context_ms: np.ndarray
     observed_ms: np.ndarray
     network: np.ndarray
     measured_ms: np.ndarray
@@ -86,13 +90,13 @@ def boost(data: BoostData, settings: BoostSettings) -> dict[str, Any]:
     steadiness = 1 / (_BASE_SPREAD**2 + data.spread**2)
     steadiness *= settings.network_weight * len(data.network) / networks / steadiness.mean()
     ms = np.exp(data.log_base)
-    totals = np.bincount(data.network, ms, minlength=networks) + data.overhead_ms
+    totals = np.bincount(data.network, ms + data.context_ms, minlength=networks) + data.overhead_ms
     for round_number in range(settings.rounds):
         for family, rows in data.members.items():
             network = data.network[rows]
             part = ms[rows] / totals[network]
             off = np.clip(np.log(totals) - log_measured, -_NETWORK_LIMIT, _NETWORK_LIMIT)[network]
-            seen = ms[rows] + data.profiler_ms
+            seen = ms[rows] + data.context_ms[rows] + data.profiler_ms
             own = np.clip(np.log(seen) - log_observed[rows], -_KERNEL_LIMIT, _KERNEL_LIMIT)
             slope = ms[rows] / seen
             weight = steadiness[network]

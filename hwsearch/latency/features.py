@@ -77,6 +77,15 @@ class Vocabulary:
         )
 
 
+def weight_mb(kernels: Sequence[Kernel]) -> np.ndarray:
+    """Megabytes (2^20) of weights that each kernel reads, (N,)."""
+    found = []
+    for k in kernels:
+        elements = k.input_elements + k.weight_elements + k.output_elements
+        found.append(k.weight_elements * (k.memory_bytes / elements) / 2**20 if elements else 0.0)
+    return np.array(found, dtype=np.float64)
+
+
 def is_blocked(layout: str) -> bool:
     """Whether a layout keeps channels in blocks (``nchwc``, ``nchw8c``, ``nchw16c``)."""
     return layout.startswith("nchw") and layout.endswith("c")

@@ -57,6 +57,7 @@ class KernelModel:
             members={family: own for family, own in members.items() if len(own) >= FEW},
             features=features[rows.kernel],
             log_base=log_base[rows.kernel],
+            context_ms=(base.context_ms(rows.network_mb)[rows.network] * rows.weight_mb[rows.kernel]),
             observed_ms=rows.observed_ms(profiler_ms, base.overhead_ms),
             network=rows.network,
             measured_ms=rows.measured_ms,
@@ -85,8 +86,12 @@ class KernelModel:
         """What a network takes beyond its kernels."""
         return self.base.overhead_ms
 
+    def context_ms(self, network_mb: np.ndarray) -> np.ndarray:
+        """Further milliseconds of each megabyte of weights in networks of so many megabytes, (M,)."""
+        return self.base.context_ms(network_mb)
+
     def ms(self, kernels: Sequence[Kernel]) -> np.ndarray:
-        """Milliseconds of each kernel, (N,)."""
+        """Milliseconds of each kernel, (N,), its weights at hand; see ``context_ms`` for the rest."""
         if not kernels:
             return np.zeros(0)
         log_base = np.log(self.base.ms(kernels, cost_terms(kernels, self.vocabulary)))

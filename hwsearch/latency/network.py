@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from hwsearch.errors import InputError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.graph.widths import WidthChoice
+from hwsearch.latency.features import weight_mb
 from hwsearch.latency.lowering import Lowering
 from hwsearch.latency.predictor import LatencyPredictor, NetworkEstimate
 
@@ -111,10 +112,10 @@ class NetworkLatency:
 
 
 class _Memo:
-    """What was priced: kernels to (ms, known), width tuples to (ms, coverage)."""
+    """What was priced: kernels to (ms, megabytes of weights, known), width tuples to (ms, coverage)."""
 
     def __init__(self) -> None:
-        self.kernels: dict[Kernel, tuple[float, bool]] = {}
+        self.kernels: dict[Kernel, tuple[float, float, bool]] = {}
         self.networks: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def price(
@@ -122,10 +123,11 @@ class _Memo:
     ) -> None:
         """Price networks; each new kernel once, all in one call."""
         new = list(dict.fromkeys(k for kernels in networks for k in kernels if k not in self.kernels))
-        for kernel, ms in zip(new, predictor.predict(new).tolist(), strict=True):
-            self.kernels[kernel] = (ms, predictor.model_.doubt(kernel) is None)
+        for kernel, ms, mb in zip(new, predictor.predict(new).tolist(), weight_mb(new).tolist(), strict=True):
+            self.kernels[kernel] = (ms, mb, predictor.model_.doubt(kernel) is None)
         for choice, kernels in zip(choices, networks, strict=True):
-            priced = [self.kernels[kernel] for kernel in kernels]
-            total = sum(ms for ms, _ in priced)
-            known = sum(ms for ms, is_known in priced if is_known)
-            self.networks[choice.widths] = (total + predictor.overhead_ms, known / total)
+            ms, mb, known = np.array([self.kernels[kernel] for kernel in kernels], dtype=np.float64).T
+            whole = max(float(mb.sum()), 1e-12)
+            priced = ms + mb / whole * predictor.context_ms(np.array([whole]))[0]
+            total = float(priced.sum())
+            self.networks[choice.widths] = (total + predictor.overhead_ms, 1 - float((priced * (1 - known)).sum()) / total)

@@ -25,6 +25,7 @@ from hwsearch.device.spec import Fingerprint
 from hwsearch.errors import InputError, SchemaError
 from hwsearch.graph.kernel import FAMILIES, Kernel
 from hwsearch.latency.boosting import BoostSettings
+from hwsearch.latency.features import weight_mb
 from hwsearch.latency.model import KernelModel
 from hwsearch.latency.table import LatencyTable, read_manifest, write_atomic
 from hwsearch.latency.training import Rows
@@ -86,8 +87,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        rounds: int = 100,
-        learning_rate: float = 0.1,
+        rounds: int = 60,
+        learning_rate: float = 0.15,
         max_depth: int = 5,
         min_child_weight: float = 5.0,
         l2: float = 1.0,
@@ -142,13 +143,24 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         return self
 
     def predict(self, kernels: Sequence[Kernel]) -> np.ndarray:
-        """Milliseconds of each kernel, (N,), calibrated: with ``overhead_ms`` they sum to their network's.
+        """Milliseconds of each kernel, (N,), calibrated, its weights in a cache.
+
+        A network is the sum of its kernels, of ``context_ms`` of its weights, and of ``overhead_ms``.
 
         Raises:
             NotFittedError: ``fit`` or ``load`` comes first.
         """
         self._fitted()
         return self._calibrated(self.model_.ms(list(kernels)))
+
+    def context_ms(self, network_mb: np.ndarray) -> np.ndarray:
+        """Milliseconds, (M,), that the weights of networks cost beyond their kernels' own price.
+
+        Args:
+            network_mb: megabytes (2^20) of weights of each network, (M,), see ``features.weight_mb``.
+        """
+        self._fitted()
+        return np.asarray(self.calibration_.a * self.model_.context_ms(network_mb) * network_mb)
 
     @property
     def overhead_ms(self) -> float:
@@ -169,11 +181,13 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         """
         if not kernels:
             raise InputError("a network without kernels cannot be priced; was the model empty?")
-        kernel_ms = self.predict(kernels)
+        megabytes = weight_mb(kernels)
+        whole = max(float(megabytes.sum()), 1e-12)
+        kernel_ms = self.predict(kernels) + megabytes / whole * self.context_ms(np.array([whole]))[0]
         doubts = [self.model_.doubt(kernel) for kernel in kernels]
-        known = sum(ms for ms, doubt in zip(kernel_ms, doubts, strict=True) if doubt is None)
+        guessed = sum(float(ms) for ms, doubt in zip(kernel_ms, doubts, strict=True) if doubt is not None)
         ms = float(kernel_ms.sum()) + self.overhead_ms
-        coverage = float(known / kernel_ms.sum())
+        coverage = 1 - guessed / float(kernel_ms.sum())
         low, high = self.interval(np.array([ms]), np.array([coverage]), level)
         unknown = tuple(f"{k.node or k.op}: {doubt}" for k, doubt in zip(kernels, doubts, strict=True) if doubt)
         return NetworkEstimate(ms, float(low[0]), float(high[0]), coverage, unknown, tuple(map(float, kernel_ms)))

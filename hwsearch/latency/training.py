@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hwsearch.graph.kernel import Kernel
-from hwsearch.latency.features import Vocabulary, cost_terms, describe
+from hwsearch.latency.features import Vocabulary, cost_terms, describe, weight_mb
 from hwsearch.latency.table import NetworkSample
 
 _TRIED_MS = np.arange(0.0, 12.5, 0.5) * 1e-3
@@ -38,6 +38,7 @@ class Rows:
         kernel: distinct kernel of each row, (R,).
         network: network of each row, (R,).
         share: share of its network's time, (R,).
+        weight_mb: megabytes of weights of each distinct kernel, (U,).
         measured_ms, spread, nodes: of each network, (M,).
         source: family of each network, (M,).
     """
@@ -49,6 +50,7 @@ class Rows:
     kernel: np.ndarray
     network: np.ndarray
     share: np.ndarray
+    weight_mb: np.ndarray
     measured_ms: np.ndarray
     spread: np.ndarray
     nodes: np.ndarray
@@ -69,6 +71,7 @@ class Rows:
             kernel=np.array(kernel, dtype=np.int64),
             network=np.repeat(np.arange(len(samples)), [len(s.kernels) for s in samples]),
             share=np.array([ms / sum(s.node_ms) for s in samples for ms in s.node_ms]),
+            weight_mb=weight_mb(kernels),
             measured_ms=np.array([s.measured_ms for s in samples]),
             spread=np.array([s.spread for s in samples]),
             nodes=np.array([len(s.kernels) for s in samples]),
@@ -88,6 +91,11 @@ class Rows:
             nodes=self.nodes[networks],
             source=self.source[networks],
         )
+
+    @property
+    def network_mb(self) -> np.ndarray:
+        """Megabytes of weights of each network, (M,)."""
+        return np.bincount(self.network, self.weight_mb[self.kernel], minlength=len(self.nodes))
 
     def observed_ms(self, profiler_ms: float, overhead_ms: float = 0.0) -> np.ndarray:
         """Each kernel's time as the profiler saw it, its own addition included, at reference speed: (R,)."""

@@ -115,7 +115,8 @@ def out_of_fold(rows: Rows, fold: np.ndarray, settings: BoostSettings, progress:
         held = fold == number if count > 1 else np.ones(networks, dtype=bool)
         model = KernelModel.fit(rows.only(~held) if count > 1 else rows, settings)
         own = held[rows.network]
-        kernel[own] = model.row_ms(rows)[rows.kernel[own]]
+        further = model.context_ms(rows.network_mb)[rows.network] * rows.weight_mb[rows.kernel]
+        kernel[own] = (model.row_ms(rows)[rows.kernel] + further)[own]
         seen[own] = kernel[own] + model.profiler_ms
         observed[own] = rows.observed_ms(model.profiler_ms, model.overhead_ms)[own]
         total[held] = np.bincount(rows.network[own], kernel[own], minlength=networks)[held]
