@@ -130,4 +130,5 @@ class _Memo:
             whole = max(float(mb.sum()), 1e-12)
             priced = ms + mb / whole * predictor.context_ms(np.array([whole]))[0]
             total = float(priced.sum())
-            self.networks[choice.widths] = (total + predictor.overhead_ms, 1 - float((priced * (1 - known)).sum()) / total)
+            guessed = float((priced * (1 - known)).sum())
+            self.networks[choice.widths] = (total + predictor.overhead_ms, 1 - guessed / total)

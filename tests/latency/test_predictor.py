@@ -29,8 +29,9 @@ QUICK = {"rounds": 25, "folds": 3}
 
 def conv(rng: np.random.Generator, layout: str = "nchwc") -> Kernel:
     side, channels, out = int(rng.choice([4, 7, 14, 28])), int(rng.integers(1, 20)) * 8, int(rng.integers(1, 20)) * 8
-    return Kernel("conv", "Conv", layout_in=layout, layout_out=layout, in_channels=channels, in_height=side, in_width=side,
-                  out_channels=out, out_height=side, out_width=side, kernel_height=3, kernel_width=3)  # fmt: skip
+    space = {"in_height": side, "in_width": side, "out_height": side, "out_width": side}
+    taps = {"kernel_height": 3, "kernel_width": 3, "in_channels": channels, "out_channels": out}
+    return Kernel("conv", "Conv", layout_in=layout, layout_out=layout, **space, **taps)
 
 
 def pool(rng: np.random.Generator) -> Kernel:
@@ -117,12 +118,10 @@ def test_kernels_come_out_as_they_are(campaign: Any) -> None:
 
 
 def test_one_block_more_is_a_step_up(campaign: Any) -> None:
-    side = {"in_height": 14, "in_width": 14, "out_height": 14, "out_width": 14}
-    kernels = [
-        Kernel("conv", "Conv", layout_in="nchwc", layout_out="nchwc", fused=("relu",), in_channels=64, out_channels=c,
-               kernel_height=3, kernel_width=3, **side)  # fmt: skip
-        for c in (64, 72)
-    ]
+    space = {"in_height": 14, "in_width": 14, "out_height": 14, "out_width": 14}
+    taps = {"kernel_height": 3, "kernel_width": 3, "in_channels": 64}
+    blocked = {"layout_in": "nchwc", "layout_out": "nchwc", "fused": ("relu",)}
+    kernels = [Kernel("conv", "Conv", out_channels=c, **space, **taps, **blocked) for c in (64, 72)]
     low, high = campaign.predictor.predict(kernels)
     assert high > 1.04 * low
 
