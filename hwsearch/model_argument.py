@@ -109,11 +109,15 @@ def load_model_argument(
             f"there is no model {spec!r}: give an ONNX file, a folder that hwsearch wrote, timm:name, or "
             "package.module:factory such as hwsearch.models.resnet:resnet18"
         )
+    from hwsearch.graph.capture import try_forward
     from hwsearch.models.loading import load_factory
 
     if input_shape is None:
         raise InputError(f"{spec} needs the shape of its input: add --input, such as --input 1x3x224x224")
-    return ModelArgument(spec, input_shape, module=load_factory(spec, **dict(kwargs or {})), factory=spec)
+    argument = ModelArgument(spec, input_shape, module=load_factory(spec, **dict(kwargs or {})), factory=spec)
+    # A forward that fails, or a shape that does not fit, is told here and not by whatever runs the model first.
+    try_forward(argument.need_module(), argument.example_input)
+    return argument
 
 
 def _from_folder(folder: Path, input_shape: tuple[int, ...] | None, allow_factory: str | None) -> ModelArgument:

@@ -160,6 +160,14 @@ class TestBadInput:
         refused("deploy", RESNET, *ON_SIMULATED, *SHAPE, "--output", "full")
         assert Path("full/precious.txt").read_text() == "keep me"
 
+    def test_places_that_cannot_be_written(self, at_home: Path) -> None:
+        Path("file").write_text("not a folder")
+        deployed = ["deploy", RESNET, *ON_SIMULATED, *SHAPE, "--output"]
+        assert "cannot write" in refused(*deployed, "file/bundle")
+        assert "cannot write" in refused("fold", RESNET, *SHAPE, "--output", "file/net.onnx")
+        Path("readonly.toml").write_text('[run]\nfolder = "file/runs"\n' + CONFIG.format(search='budget = "50%"'))
+        assert "cannot write the run folder" in refused("run", "readonly.toml")
+
     def test_an_unknown_option_is_not_a_traceback(self) -> None:
         done = hwsearch("profile", "--nonsense")
         assert done.returncode == 2
