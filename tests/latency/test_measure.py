@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hwsearch.device.stopwatch import MEASURE, StopwatchSettings, Timing
-from hwsearch.errors import DeviceJobError, InputError
-from hwsearch.latency.measure import AGENTS, measure, measure_many
+from hwsearch.errors import DeviceJobError, InputError, NoisyDeviceError
+from hwsearch.latency.measure import AGENTS, NEAR, measure, measure_many
 from hwsearch.latency.random_networks import random_network
 
 
@@ -90,3 +90,24 @@ def test_on_this_machine() -> None:
         found = measure(random_network("vgg", np.random.default_rng(0)), session, reference_ms=None, settings=quick)
     assert found.measured_ms > 0
     assert found.raw_p50_ms <= found.raw_p90_ms
+
+
+class SlowSession(FakeSession):
+    """A machine that never comes near its reference speed."""
+
+    def time(self, networks: Any, *, reference_ms: Any, settings: StopwatchSettings) -> Iterator[Timing]:
+        if settings.canary_limit < MEASURE.canary_limit:
+            self.refused = getattr(self, "refused", 0) + 1
+            raise NoisyDeviceError("too slow")
+        return super().time(networks, reference_ms=reference_ms, settings=settings)
+
+
+def test_moments_near_the_reference_speed_come_first_and_any_that_count_else() -> None:
+    quiet = FakeSession([1.0, 1.0, 1.0])
+    measure_many([("a", b"")], quiet, reference_ms=0.5)  # type: ignore[arg-type]
+    assert {settings.canary_limit for settings in quiet.settings} == {NEAR}
+    slow = SlowSession([1.0, 1.0, 1.0])
+    (found,) = measure_many([("a", b"")], slow, reference_ms=0.5)  # type: ignore[arg-type]
+    assert found.measured_ms == 1.0
+    assert slow.refused == AGENTS
+    assert {settings.canary_limit for settings in slow.settings} == {MEASURE.canary_limit}
