@@ -43,7 +43,8 @@ Input = Annotated[str | None, typer.Option("--input", "-i", help="Shape of one i
 def main() -> None:
     """Entry point of the ``hwsearch`` command."""
     try:
-        app(standalone_mode=False)
+        # Out of standalone mode a verb's Exit comes back as a value.
+        code = app(standalone_mode=False)
     except HwsearchError as error:
         _fail(str(error), error.exit_code)
     except typer.Exit as error:
@@ -58,7 +59,7 @@ def main() -> None:
             error.show()
             sys.exit(2)
         raise
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 @device_app.command("list")

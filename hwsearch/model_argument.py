@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +210,7 @@ def fold_model(argument: ModelArgument, output: Path | None, *, prove_it: bool) 
     folded = fold(module, example)
     facts: dict[str, Any] = {"model": argument.spec}
     if prove_it:
-        facts["proof"] = asdict(prove(module, folded, argument.input_shape))
+        facts["proof"] = prove(module, folded, argument.input_shape).to_dict()
     if output is not None:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
