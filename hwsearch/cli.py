@@ -174,43 +174,32 @@ def fit(device: DeviceName, as_json: Json = False) -> None:
 
 
 @app.command()
-def estimate(model: Model, device: DeviceName, input: Input = None, allow: Allow = None, as_json: Json = False) -> None:
+def estimate(
+    model: Model,
+    device: DeviceName,
+    input: Input = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Per layer: bound, stair edges, and why the network is not faster.")
+    ] = False,
+    allow: Allow = None,
+    as_json: Json = False,
+) -> None:
     """Predict a model's milliseconds from its kernels.
 
-    Example: hwsearch estimate hwsearch.models.resnet:resnet_small --device simulated --input 1x1x28x28
+    Example: hwsearch estimate hwsearch.models.resnet:resnet_small --device simulated --input 1x1x28x28 --explain
     """
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
+    from hwsearch.estimation import estimate as run_estimate
 
+    talk = Console(json=as_json)
     target = Device.load(device)
-    onnx = _argument(model, input, allow).to_onnx()
-    with open_session(target, message=Console(json=as_json).say) as session:
+    argument = _argument(model, input, allow)
+    with open_session(target, message=talk.say) as session:
         predictor = _predictor(target, session.fingerprint)
-        kernels = session.lower([onnx], [model])[0]
-    found = predictor.network(kernels)
-    rows = [
-        [k.node or k.op, k.family, f"{ms:.4g}", f"{100 * ms / sum(found.kernel_ms):.1f}"]
-        for k, ms in zip(kernels, found.kernel_ms, strict=True)
-    ]
-    facts = {
-        "model": model,
-        "device": target.name,
-        "predicted_ms": found.ms,
-        "low_ms": found.low_ms,
-        "high_ms": found.high_ms,
-        "coverage": found.coverage,
-        "unknown": list(found.unknown),
-        "kernels": [{"node": r[0], "family": r[1], "ms": m} for r, m in zip(rows, found.kernel_ms, strict=True)],
-    }
-
-    def show(console: Console) -> None:
-        console.table(f"{model} on {target.name}", ["kernel", "family", "ms", "% of all"], rows)
-        console.show(
-            f"predicted {found.ms:.4g} ms (90 % interval {found.low_ms:.4g} to {found.high_ms:.4g}), "
-            f"coverage {100 * found.coverage:.1f} %"
-        )
-
-    _result(as_json, facts, show)
+        with talk.bar("stairs") as bar:
+            found = run_estimate(argument, target, session, predictor, why=explain, told=bar)
+    _result(as_json, found.to_dict(), found.show)
 
 
 @app.command()

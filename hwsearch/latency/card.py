@@ -1,4 +1,4 @@
-"""The error card: what a predictor gets wrong, on networks it did not see, beside the noise and the simplest rival."""
+"""The error card: what a predictor gets wrong, on networks it did not see, beside the noise and simpler rivals."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import numpy as np
 
 from hwsearch.errors import InputError
 from hwsearch.latency.predictor import LatencyPredictor, conformal
+from hwsearch.latency.rivals import rival_predictions
 from hwsearch.latency.table import LatencyTable
 from hwsearch.latency.training import Rows
 from hwsearch.latency.validation import OutOfFold, Progress, out_of_fold, random_folds, source_folds
 
 _LEVEL = 0.9
+RIVAL_NAMES = {
+    "macs_line": "a line through the MACs",
+    "nn_meter": "nn-Meter's features and random forest",
+    "raw_boosting": "XGBoost on plain features",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class ErrorCard:
         noise_floor: p95 of the relative test-retest error: nothing below it can be claimed.
         unseen: networks whose fold was held out.
         unseen_family: networks whose whole source family was held out; None when there is one family only.
-        macs_line: the rival ``ms = a * MACs + b`` on the same folds.
+        rivals: simpler predictors on the same folds, by name; see ``rivals.py``.
         by_source: of ``unseen``, by the family that a network came from.
         by_family: kernels of held-out networks, by kernel family: how well their profiled shares are told.
         interval: median half-width of the 90 % interval, relative.
@@ -72,7 +78,7 @@ class ErrorCard:
     noise_floor: float
     unseen: ErrorRow
     unseen_family: ErrorRow | None
-    macs_line: ErrorRow
+    rivals: Mapping[str, ErrorRow]
     by_source: Mapping[str, ErrorRow]
     by_family: Mapping[str, ErrorRow]
     interval: float
@@ -107,7 +113,7 @@ class ErrorCard:
         if families.max() > 0:
             other = out_of_fold(rows, families, settings, progress)
             left_out = ErrorRow.of(other.predicted_ms, other.measured_ms, _intervals(checked, other)[0])
-        line = _macs_line(rows, checked.fold)
+        others = rival_predictions(rows, checked.fold, progress)
         kernel_family = np.array([k.family for k in rows.kernels], dtype=object)[rows.kernel]
         return cls(
             device=table.device,
@@ -117,7 +123,7 @@ class ErrorCard:
             noise_floor=table.noise_floor,
             unseen=ErrorRow.of(checked.predicted_ms, checked.measured_ms, inside),
             unseen_family=left_out,
-            macs_line=ErrorRow.of(line, checked.measured_ms),
+            rivals={name: ErrorRow.of(ms, checked.measured_ms) for name, ms in others.items()},
             by_source={
                 source: ErrorRow.of(checked.predicted_ms[own], checked.measured_ms[own], inside[own])
                 for source in table.sources
@@ -155,7 +161,7 @@ class ErrorCard:
         ]
         if self.unseen_family is not None:
             lines.append(_line("whole family held out", self.unseen_family))
-        lines.append(_line("rival: a line through the MACs", self.macs_line))
+        lines += [_line(f"rival: {RIVAL_NAMES[name]}", row) for name, row in self.rivals.items()]
         lines += [_line(f"held out at random, {source}", row) for source, row in self.by_source.items()]
         lines += ["", f"Median half-width of the 90 % interval: {self.interval:.1%}.", ""]
         lines += [
@@ -200,19 +206,3 @@ def _intervals(calibrated_on: OutOfFold, judged: OutOfFold | None = None) -> tup
         inside[held] = (target[held] >= min(low, 0.0)) & (target[held] <= max(high, 0.0))
         widths.append((np.exp(high) - np.exp(low)) / 2)
     return inside, float(np.median(widths))
-
-
-def _macs_line(rows: Rows, fold: np.ndarray) -> np.ndarray:
-    """``ms = a * MACs + b``, a and b >= 0, relative least squares on the other folds, (M,)."""
-    from scipy.optimize import nnls
-
-    macs = np.bincount(rows.network, np.array([float(k.macs) for k in rows.kernels])[rows.kernel], minlength=len(fold))
-    design = np.stack([macs / 1e6, np.ones(len(fold))], axis=1)
-    predicted = np.zeros(len(fold))
-    for number in range(int(fold.max()) + 1):
-        held = fold == number
-        rest = ~held if not held.all() else held
-        scaled = design[rest] / rows.measured_ms[rest, None]
-        weights = nnls(scaled, np.ones(int(rest.sum())))[0]
-        predicted[held] = design[held] @ weights
-    return np.maximum(predicted, 1e-6)

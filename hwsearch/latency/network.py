@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,8 +85,10 @@ class NetworkLatency:
         if self.factor == 1.0:
             return found
         f = self.factor
-        times = tuple(ms * f for ms in found.kernel_ms)
-        return NetworkEstimate(found.ms * f, found.low_ms * f, found.high_ms * f, found.coverage, found.unknown, times)
+        return replace(
+            found, ms=found.ms * f, low_ms=found.low_ms * f, high_ms=found.high_ms * f, p90_ms=found.p90_ms * f,
+            kernel_ms=tuple(ms * f for ms in found.kernel_ms),
+        )  # fmt: skip
 
     def kernels(self, choice: WidthChoice) -> tuple[Kernel, ...]:
         """The kernels that a choice becomes on the device."""

@@ -12,14 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
+from sklearn.utils import RegressorTags
 
 from hwsearch.device.spec import Fingerprint
 from hwsearch.errors import InputError, SchemaError
@@ -49,6 +52,7 @@ class NetworkEstimate:
     Attributes:
         ms: predicted milliseconds at the device's reference speed.
         low_ms, high_ms: interval that ``measured_ms`` lies in with the asked probability.
+        p90_ms: ninetieth percentile of single runs, as the clock sees them when the machine is at its reference speed.
         coverage: share of the milliseconds that comes from kernels like profiled ones (1 is best).
         unknown: the others, one line each.
         kernel_ms: milliseconds of each kernel; with the overhead of a network they sum to ``ms``.
@@ -57,9 +61,14 @@ class NetworkEstimate:
     ms: float
     low_ms: float
     high_ms: float
+    p90_ms: float
     coverage: float
     unknown: tuple[str, ...]
     kernel_ms: tuple[float, ...]
+
+
+class OutOfRangeWarning(UserWarning):
+    """A network has kernels unlike any that was profiled; their prices are guesses."""
 
 
 class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
@@ -74,6 +83,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         learning_rate, max_depth, min_child_weight, l2, subsample, column_sample: of the trees.
         network_weight: weight of the networks' totals against the kernels' shares.
         folds: of the cross-validation by network that calibrates and gives the intervals.
+        out_of_range: what to do about kernels unlike any that was profiled: ``"warn"`` (an ``OutOfRangeWarning``; they
+            are priced all the same and widen the interval) or ``"raise"``.
         seed: of folds and trees; one thread throughout, so equal tables give equal predictors.
 
     Attributes:
@@ -83,6 +94,15 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         cross_validation_: those predictions in full (not saved; the card is made of them).
         fingerprint_, device_, reference_ms_, noise_floor_, networks_, kernels_: of the table.
     """
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn may expect: a regressor of tables, so no arrays are validated."""
+        tags = super().__sklearn_tags__()
+        tags.estimator_type = "regressor"
+        tags.regressor_tags = RegressorTags()
+        tags.no_validation = True
+        tags.input_tags.two_d_array = False
+        return tags
 
     def __init__(
         self,
@@ -96,6 +116,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         column_sample: float = 0.5,
         network_weight: float = 1.0,
         folds: int = 5,
+        out_of_range: str = "warn",
         seed: int = 0,
     ) -> None:
         self.rounds = rounds
@@ -107,6 +128,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         self.column_sample = column_sample
         self.network_weight = network_weight
         self.folds = folds
+        self.out_of_range = out_of_range
         self.seed = seed
 
     def fit(self, table: LatencyTable, y: None = None, *, progress: Progress | None = None) -> LatencyPredictor:
@@ -121,6 +143,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             InputError: a hyper-parameter that makes no sense, or an unusable table.
         """
         settings = self._settings()
+        if not isinstance(table, LatencyTable):
+            raise InputError(f"fit takes a LatencyTable, not a {type(table).__name__}: kernels are no rows of numbers")
         table.validate()
         if not table.networks:
             raise InputError(f"the table of {table.device!r} is empty; profile the device first")
@@ -134,6 +158,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         self.calibration_ = Calibration.fit(checked.total_ms, rows.nodes, rows.measured_ms, overhead)
         self.log_errors_ = np.round(np.sort(checked.log_error), 6)  # as saved: a loaded predictor answers alike
         self.cross_validation_: OutOfFold = checked
+        self.p90_ = _p90_line(table)
         self.device_ = table.device
         self.fingerprint_ = table.fingerprint
         self.reference_ms_ = table.reference_ms
@@ -148,9 +173,13 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         A network is the sum of its kernels, of ``context_ms`` of its weights, and of ``overhead_ms``.
 
         Raises:
+            InputError: kernels unlike any that was profiled, under ``out_of_range="raise"``.
             NotFittedError: ``fit`` or ``load`` comes first.
         """
         self._fitted()
+        if self.out_of_range == "raise":
+            doubts = (f"{kernel.op}: {self.model_.doubt(kernel)}" for kernel in kernels if self.model_.doubt(kernel))
+            self._guard(tuple(doubts), len(kernels))
         return self._calibrated(self.model_.ms(list(kernels)))
 
     def context_ms(self, network_mb: np.ndarray) -> np.ndarray:
@@ -176,21 +205,36 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             level: probability of the interval, in (0, 1).
 
         Raises:
-            InputError: no kernels, or a level outside (0, 1).
+            InputError: no kernels, a level outside (0, 1), or kernels unlike any that was profiled under
+                ``out_of_range="raise"``.
             NotFittedError: ``fit`` or ``load`` comes first.
         """
+        self._fitted()
         if not kernels:
             raise InputError("a network without kernels cannot be priced; was the model empty?")
         megabytes = weight_mb(kernels)
         whole = max(float(megabytes.sum()), 1e-12)
-        kernel_ms = self.predict(kernels) + megabytes / whole * self.context_ms(np.array([whole]))[0]
+        further = self.context_ms(np.array([whole]))[0]
+        kernel_ms = self._calibrated(self.model_.ms(kernels)) + megabytes / whole * further
         doubts = [self.model_.doubt(kernel) for kernel in kernels]
-        guessed = sum(float(ms) for ms, doubt in zip(kernel_ms, doubts, strict=True) if doubt is not None)
+        unknown = tuple(f"{k.node or k.op}: {doubt}" for k, doubt in zip(kernels, doubts, strict=True) if doubt)
+        self._guard(unknown, len(kernels))
+        guessed = sum(float(ms) for ms, doubt in zip(kernel_ms, doubts, strict=True) if doubt)
         ms = float(kernel_ms.sum()) + self.overhead_ms
         coverage = 1 - guessed / float(kernel_ms.sum())
         low, high = self.interval(np.array([ms]), np.array([coverage]), level)
-        unknown = tuple(f"{k.node or k.op}: {doubt}" for k, doubt in zip(kernels, doubts, strict=True) if doubt)
-        return NetworkEstimate(ms, float(low[0]), float(high[0]), coverage, unknown, tuple(map(float, kernel_ms)))
+        p90 = self.p90_ms(np.array([ms]))
+        times = tuple(map(float, kernel_ms))
+        return NetworkEstimate(ms, float(low[0]), float(high[0]), float(p90[0]), coverage, unknown, times)
+
+    def p90_ms(self, ms: np.ndarray) -> np.ndarray:
+        """Ninetieth percentile of the single runs, (M,), of networks predicted at ``ms``, (M,).
+
+        Short networks scatter more than long ones: the ratio of the two is a line over log(ms), fitted robustly.
+        """
+        self._fitted()
+        ms = np.asarray(ms, dtype=np.float64)
+        return np.asarray(ms * np.exp(np.maximum(self.p90_[0] + self.p90_[1] * np.log(np.maximum(ms, 1e-6)), 0.0)))
 
     def interval(self, ms: np.ndarray, coverage: np.ndarray, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Interval of predicted networks.
@@ -232,6 +276,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             "parameters": self.get_params(),
             "calibration": asdict(self.calibration_),
             "log_errors": self.log_errors_.tolist(),
+            "p90": list(self.p90_),
             "model": document,
         }
         folder = Path(folder)
@@ -267,6 +312,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             predictor.model_ = KernelModel.from_files(manifest["model"], _files(folder, manifest["model"]["files"]))
             predictor.calibration_ = Calibration(**{k: float(v) for k, v in manifest["calibration"].items()})
             predictor.log_errors_ = np.sort(np.array(manifest["log_errors"], dtype=np.float64))
+            start, slope = map(float, manifest["p90"])
+            predictor.p90_ = start, slope
             predictor.device_ = str(manifest["device"])
             predictor.fingerprint_ = made_for
             predictor.reference_ms_ = float(manifest["reference_ms"])
@@ -282,6 +329,15 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
 
     def _calibrated(self, ms: np.ndarray) -> np.ndarray:
         return np.asarray(np.maximum(self.calibration_.a * ms + self.calibration_.b, 1e-5))
+
+    def _guard(self, doubts: Sequence[str], count: int) -> None:
+        """Warn of, or refuse, kernels whose price is a guess."""
+        if not doubts:
+            return
+        text = f"{len(doubts)} of {count} kernels are unlike any profiled on {self.device_!r} (the first, {doubts[0]})"
+        if self.out_of_range == "raise":
+            raise InputError(f"{text}; profile the device with this model (--model)")
+        warnings.warn(f"{text}; their prices are guesses", OutOfRangeWarning, stacklevel=3)
 
     def _fitted(self) -> None:
         if not hasattr(self, "model_"):
@@ -303,8 +359,23 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             if not usable or (name in above and value == 0):
                 start = "above 0" if name in above else "from 0"
                 raise InputError(f"{name} is {value!r}; use a number {start} up to {limit:g}")
+        if self.out_of_range not in ("warn", "raise"):
+            raise InputError(f"out_of_range is {self.out_of_range!r}; use 'warn' or 'raise'")
         names = (f for f in BoostSettings.__dataclass_fields__)
         return BoostSettings(**{name: getattr(self, name) for name in names})
+
+
+def _p90_line(table: LatencyTable) -> tuple[float, float]:
+    """(start, slope) of log(p90 / p50) over log(ms), robustly (Theil-Sen: the median of slopes, then of levels)."""
+    log_ms = np.log([network.measured_ms for network in table.networks])
+    ratio = np.log([max(network.raw_p90_ms / network.raw_p50_ms, 1.0) for network in table.networks])
+    half = len(log_ms) // 2
+    order = np.argsort(log_ms, kind="stable")
+    low, high = order[:half], order[len(order) - half :]
+    apart = log_ms[high] - log_ms[low]
+    usable = apart > 1e-9
+    slope = float(np.median((ratio[high] - ratio[low])[usable] / apart[usable])) if usable.any() else 0.0
+    return round(float(np.median(ratio - slope * log_ms)), 6), round(slope, 6)
 
 
 def conformal(log_errors: np.ndarray, level: float) -> tuple[float, float]:

@@ -19,8 +19,14 @@ _TITLE = "How good the prediction is"
 _ROWS = (
     ("unseen", "networks not seen in the fit"),
     ("unseen_family", "whole families not seen in the fit"),
-    ("macs_line", "for comparison: a line through the MACs"),
 )
+
+
+_RIVALS = {
+    "macs_line": "for comparison: a line through the MACs",
+    "nn_meter": "for comparison: nn-Meter's features and random forest",
+    "raw_boosting": "for comparison: XGBoost on plain features",
+}
 
 
 def card_section(page: Page, table_folder: Path | None) -> str:
@@ -42,7 +48,7 @@ def card_section(page: Page, table_folder: Path | None) -> str:
 
 def _sentence(card: Mapping[str, Any], unseen: Mapping[str, Any], floor: float | None) -> str:
     words = [f"Mean error {percent(_share(unseen, 'mape'))} on networks that the predictor had not seen"]
-    if (rival := _share(card.get("macs_line"), "mape")) is not None:
+    if (rival := _share(mapping(card.get("rivals")).get("macs_line"), "mape")) is not None:
         words.append(f"; counting MACs instead is off by {percent(rival)}")
     if floor is not None:
         words.append(f". The device itself repeats a measurement to {percent(floor)}")
@@ -54,8 +60,10 @@ def _sentence(card: Mapping[str, Any], unseen: Mapping[str, Any], floor: float |
 
 def _table(card: Mapping[str, Any]) -> str:
     rows = []
-    for key, name in _ROWS:
-        row = mapping(card.get(key))
+    rivals = mapping(card.get("rivals"))
+    named = [(name, card.get(key)) for key, name in _ROWS] + [(name, rivals.get(key)) for key, name in _RIVALS.items()]
+    for name, entry in named:
+        row = mapping(entry)
         if not row:
             continue
         rank, count = number(row.get("spearman")), positive(row.get("count"))

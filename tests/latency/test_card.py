@@ -37,9 +37,12 @@ def test_the_card_of_the_simulated_device(card: ErrorCard, campaign: Any) -> Non
     assert card.networks == len(campaign.table.networks) == card.unseen.count == len(card.points)
     assert card.kernels == campaign.table.kernel_count == sum(row.count for row in card.by_family.values())
     assert card.seconds == pytest.approx(sum(n.seconds for n in campaign.table.networks))
-    assert card.unseen.mape < card.macs_line.mape / 3
+    assert set(card.rivals) == {"macs_line", "nn_meter", "raw_boosting"}
+    assert card.unseen.mape < card.rivals["macs_line"].mape / 3
+    assert card.unseen.mape < card.rivals["nn_meter"].mape / 2
+    assert card.unseen.mape < card.rivals["raw_boosting"].mape
     assert card.unseen_family is not None
-    assert card.unseen.mape <= card.unseen_family.mape < card.macs_line.mape
+    assert card.unseen.mape <= card.unseen_family.mape < card.rivals["macs_line"].mape
     assert 0.75 < card.unseen.coverage <= 1
     assert set(card.by_source) == set(campaign.table.sources)
     error = np.mean([abs(predicted / measured - 1) for measured, predicted, _ in card.points])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import NotFittedError, SkipTestWarning
 
 from hwsearch.device.runtime_simulated import kernel_ms
 from hwsearch.device.spec import Fingerprint
@@ -19,7 +19,7 @@ from hwsearch.errors import InputError, SchemaError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.latency.base import CACHE_MB, fit_base
 from hwsearch.latency.features import weight_mb
-from hwsearch.latency.predictor import LatencyPredictor, conformal
+from hwsearch.latency.predictor import LatencyPredictor, OutOfRangeWarning, conformal
 from hwsearch.latency.table import LatencyTable, NetworkSample
 from hwsearch.latency.training import Rows
 
@@ -270,3 +270,48 @@ def test_progress_is_told() -> None:
     LatencyPredictor(rounds=1, folds=3).fit(made_up(9), progress=lambda done, of, text: told.append((done, of)))
     assert told[-1] == (3, 4)
     assert len(told) == 4
+
+
+def test_it_is_a_scikit_learn_estimator() -> None:
+    """It fits on a ``LatencyTable``, which no check can make up, and says so in its tags; all the other checks pass."""
+    from sklearn.utils import estimator_checks as checks
+
+    with pytest.warns(SkipTestWarning, match="two_d_array=False"):
+        found = checks.check_estimator(LatencyPredictor(), on_fail="raise")
+    assert {result["status"] for result in found} == {"passed"}
+    names = (
+        "estimator_tags_renamed", "valid_tag_types", "estimator_repr", "no_attributes_set_in_init", "mixin_order",
+        "do_not_raise_errors_in_init_or_set_params", "parameters_default_constructible", "get_params_invariance",
+        "set_params",
+    )  # fmt: skip
+    for name in names:
+        getattr(checks, f"check_{name}")("LatencyPredictor", LatencyPredictor())
+    with pytest.raises(InputError, match="takes a LatencyTable, not a ndarray"):
+        LatencyPredictor().fit(np.zeros((4, 2)))  # type: ignore[arg-type]
+
+
+def test_kernels_out_of_range_are_warned_of_or_refused() -> None:
+    table = made_up(40)
+    strange = Kernel("other", "Einsum", in_channels=8, out_channels=8, node="7_Einsum")
+    known = table.networks[0].kernels
+    with pytest.warns(OutOfRangeWarning, match=rf"1 of {len(known) + 1} kernels .*7_Einsum"):
+        found = LatencyPredictor(**QUICK).fit(table).network((*known, strange))
+    assert found.coverage < 1
+    assert found.high_ms > found.ms
+    strict = LatencyPredictor(**QUICK, out_of_range="raise").fit(table)
+    assert strict.network(known).coverage == 1.0
+    for call in (strict.network, strict.predict):
+        with pytest.raises(InputError, match="profile the device with this model"):
+            call((*known, strange))
+    with pytest.raises(InputError, match="out_of_range is 'ignore'"):
+        LatencyPredictor(out_of_range="ignore").fit(table)
+
+
+def test_the_ninetieth_percentile_follows_the_table(tmp_path: Path) -> None:
+    table = made_up(60)
+    slow = tuple(replace(n, raw_p90_ms=n.raw_p50_ms * 1.2 * n.measured_ms**-0.05) for n in table.networks)
+    predictor = LatencyPredictor(**QUICK).fit(table.with_networks(slow))
+    assert predictor.p90_ms(np.array([0.01, 1.0])) == pytest.approx([0.01 * 1.2 * 0.01**-0.05, 1.2], rel=1e-3)
+    assert predictor.network(slow[0].kernels).p90_ms > predictor.network(slow[0].kernels).ms
+    predictor.save(tmp_path)
+    assert LatencyPredictor.load(tmp_path).p90_ == predictor.p90_
