@@ -108,6 +108,49 @@ def device_check(
         raise typer.Exit(1)
 
 
+@device_app.command("revalidate")
+def device_revalidate(
+    name: str,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="A model that was profiled too.")] = None,
+    input: Input = None,
+    networks: Annotated[int, typer.Option(help="How many networks to time again.")] = 24,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="If it holds, let the predictor be used with the runtime version of now.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time a sample again: does the predictor hold? Exit 1 if not. Example: hwsearch device revalidate simulated"""
+    from hwsearch.device.session import open_session
+    from hwsearch.device.spec import Device
+    from hwsearch.latency.revalidate import accept as accept_version
+    from hwsearch.latency.revalidate import revalidate
+    from hwsearch.latency.table import LatencyTable
+    from hwsearch.model_argument import templates_of
+    from hwsearch.preparation import PREDICTOR
+
+    talk = Console(json=as_json)
+    target = Device.load(name)
+    table = LatencyTable.load(target.table_folder)
+    with open_session(target, message=talk.say) as session:
+        templates = templates_of(model or [], input)
+        outcome = revalidate(table, session, networks=networks, templates=templates, tell=talk.say)
+        now = session.fingerprint
+    facts = outcome.to_dict()
+    if accept and outcome.holds:
+        facts["accepted"] = accept_version(target.table_folder / PREDICTOR, outcome, now)
+
+    def show(console: Console) -> None:
+        rows = [[f.family, f"{f.ratio:.3f}", str(f.networks)] for f in outcome.families]
+        console.table(f"{name} now against its table", ["kernel family", "time ratio", "networks"], rows)
+        for line in (*outcome.differences, *outcome.messages, *([facts["accepted"]] if "accepted" in facts else [])):
+            console.show(f"  {line}")
+        console.show(f"verdict: {outcome.verdict}")
+
+    _result(as_json, facts, show)
+    if not outcome.holds:
+        raise typer.Exit(1)
+
+
 @device_app.command("add")
 def device_add(
     name: Annotated[str, typer.Argument(help="The new device's name; also the name of its table's folder.")],

@@ -13,6 +13,7 @@ from hwsearch.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from hwsearch.graph.model_folder import ModelDescription
     from hwsearch.graph.onnx_build import OnnxTemplate
 
 _MAX_DIMENSION = 1 << 20
@@ -27,6 +28,26 @@ class ModelArgument:
     module: nn.Module | None = field(default=None, compare=False, repr=False)
     onnx: bytes | None = field(default=None, repr=False)
     factory: str | None = None
+    description: ModelDescription | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Kept units per group, where a model folder tells them; {} for a model at its full widths."""
+        return {} if self.description is None else dict(self.description.widths)
+
+    def full_module(self) -> nn.Module:
+        """The unfolded model at full widths: what a model folder's factory builds, else the module itself.
+
+        Raises:
+            InputError: the model is an ONNX file.
+        """
+        module, found = self.need_module(), self.description
+        if found is None or found.factory is None or not found.widths:
+            return module
+        from hwsearch.graph.factory import build, find_factory
+
+        # Loading the folder has run this very factory already, so it is allowed.
+        return build(found.factory, find_factory(found.factory), found.factory_kwargs).eval()
 
     @property
     def example_input(self) -> Tensor:
@@ -137,6 +158,7 @@ def _from_folder(folder: Path, input_shape: tuple[int, ...] | None, allow_factor
         shape,
         module=load_model(found, fold=fold, allow_factory=allow_factory),
         factory=description.factory,
+        description=description,
     )
 
 

@@ -25,6 +25,7 @@ ORDER = [
     "config",
     "console",
     "model_argument",
+    "estimation",
     "preparation",
     "comparison",
     "pipeline",

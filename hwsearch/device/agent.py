@@ -7,7 +7,7 @@ Standard library, numpy and the device's own runtime; no torch.
 A request is ``{"id", "job", "device", ...}``; each answer carries the id and an ``event``; ``done`` or ``error`` ends a
 job, ``alive`` says only that work goes on, ``ready`` that the agent has started:
 
-    probe      {}                                                   -> done {fingerprint}
+    probe      {}                                                   -> done {fingerprint, machine}
     optimise   {networks: [path]}                                   -> optimised {index, path} ..., done
     time       {networks: [{name, path}], canary, reference_ms,     -> timing {index, timing, ops, optimised} or
                 settings, nodes, folder}                               failed {index, kind, message} ..., done
@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from hwsearch.device.machine import look
 from hwsearch.device.spec import Device
 from hwsearch.device.stopwatch import Stopwatch, StopwatchSettings, Timing
 from hwsearch.errors import DeviceJobError, HwsearchError
@@ -59,8 +60,9 @@ class Jobs:
         self._benches: dict[tuple[str, str], Any] = {}
 
     def probe(self, device: Device, request: dict[str, Any]) -> None:
-        """Tells the fingerprint."""
-        self.answer("done", fingerprint=runtime_of(device).probe(device).to_dict())
+        """Tells the fingerprint, and what of the machine decides how steadily it can be timed."""
+        machine = None if device.simulated else look().to_dict()
+        self.answer("done", fingerprint=runtime_of(device).probe(device).to_dict(), machine=machine)
 
     def optimise(self, device: Device, request: dict[str, Any]) -> None:
         """Writes each network's optimised graph beside it."""

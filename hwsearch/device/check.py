@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from hwsearch.device.canary import CANARY, check_networks
 from hwsearch.device.lock import timing_lock
+from hwsearch.device.machine import Machine
 from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.device.stopwatch import PROFILE
@@ -32,6 +33,10 @@ FILE = "device.json"
 #: Above these a device is noisy: test-retest error (p95), and share of discarded rounds.
 NOISE_LIMIT = 0.10
 DISCARD_LIMIT = 0.30
+
+#: Above these there is a remark: the canary's scatter, and cores that the hypervisor took.
+STEADY_LIMIT = 0.25
+STOLEN_LIMIT = 0.02
 
 #: A change of the canary's median within a check that is worth a remark.
 CHANGE_LIMIT = 0.10
@@ -51,8 +56,13 @@ class DeviceCheck:
         discarded: share of the rounds in which the canary was too slow.
         busy, stolen: cores that other processes, and the hypervisor, kept busy; None where the system does not tell.
         verdict: ``"ok"`` or ``"noisy"``.
-        messages: what was noticed, a line each.
+        messages: what was noticed, a line each: first the reasons for "noisy", then remarks.
         canary: which canary network ``reference_ms`` belongs to.
+        threads: that one inference may use.
+        cores, usable_cores: of the machine, and those that the process may use (affinity, a container's quota).
+        turbo: "on", "off" or "unknown".
+        contention: share of a core's time that others and the hypervisor took from the timed threads; None where the
+            system does not tell.
     """
 
     device: str
@@ -68,6 +78,11 @@ class DeviceCheck:
     verdict: str
     messages: tuple[str, ...]
     canary: str = CANARY
+    threads: int = 1
+    cores: int | None = None
+    usable_cores: float | None = None
+    turbo: str = "unknown"
+    contention: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -85,7 +100,9 @@ class DeviceCheck:
         Raises:
             SchemaError: a field is missing, unknown or senseless; the message names it.
         """
-        wrong = sorted({f.name for f in fields(cls)} ^ set(data))
+        # A check of before lacks what was added with a default; that changes nothing of what it found.
+        needed = {f.name for f in fields(cls) if f.default is MISSING}
+        wrong = sorted((needed - set(data)) | (set(data) - {f.name for f in fields(cls)}))
         if wrong:
             raise SchemaError(
                 f"missing or unknown fields {', '.join(map(str, wrong))}; run `hwsearch device check` again"
@@ -96,9 +113,9 @@ class DeviceCheck:
                 raise SchemaError(f"{name} is {value!r}; run `hwsearch device check` again")
         if data["reference_ms"] == 0:
             raise SchemaError("reference_ms is 0; run `hwsearch device check` again")
-        if data["canary"] != CANARY:
+        if data.get("canary") != CANARY:
             raise SchemaError(
-                f"made with {data['canary']!r}, this version times {CANARY!r}; run `hwsearch device check` again"
+                f"made with {data.get('canary')!r}, this version times {CANARY!r}; run `hwsearch device check` again"
             )
         values = dict(data) | {
             "fingerprint": Fingerprint.from_dict(data["fingerprint"]),
@@ -203,7 +220,9 @@ def check_device(
     discarded = lost / max(1, kept + lost)
     busy, stolen = (_larger(one, two) for one, two in zip(load_before, load_after, strict=True))
     change = abs(last.median_ms / first.median_ms - 1)
-    noisy, messages = _verdict(noise, discarded, busy, stolen, session.fingerprint, device.threads, problems)
+    load = _Load(busy, stolen, device.threads, session.machine)
+    spread = max(first.spread, last.spread)
+    noisy, messages = _verdict(noise, discarded, spread, load, session.fingerprint, problems)
     if change > CHANGE_LIMIT:
         messages.append(f"the machine's speed changed by {change:.0%} within the check")
     result = DeviceCheck(
@@ -211,7 +230,7 @@ def check_device(
         fingerprint=session.fingerprint,
         reference_ms=(first.median_ms + last.median_ms) / 2,
         best_ms=min(first.best_ms, last.best_ms),
-        canary_spread=max(first.spread, last.spread),
+        canary_spread=spread,
         noise_floor=noise,
         raw_noise_floor=raw_noise,
         discarded=discarded,
@@ -219,6 +238,11 @@ def check_device(
         stolen=stolen,
         verdict="noisy" if noisy else "ok",
         messages=tuple(messages),
+        threads=device.threads,
+        cores=load.machine.cores if load.machine else None,
+        usable_cores=load.machine.usable if load.machine else None,
+        turbo=load.machine.turbo if load.machine else "unknown",
+        contention=load.contention,
     )
     if save:
         result.save(device.table_folder)
@@ -262,14 +286,27 @@ def _retest(passes: list[dict[str, float]]) -> float:
     return float(np.percentile(sorted(differences), 95)) if differences else 1.0
 
 
+@dataclass(frozen=True)
+class _Load:
+    """Who else wants the cores that are timed."""
+
+    busy: float | None
+    stolen: float | None
+    threads: int
+    machine: Machine | None
+
+    @property
+    def contention(self) -> float | None:
+        """Cores that the timed threads lack because of others, as a share of the threads: 0 is alone."""
+        if self.busy is None or self.machine is None:
+            return None
+        lacking = self.busy + self.threads - self.machine.cores
+        taken = max(0.0, min(lacking, float(self.threads))) + (self.stolen or 0.0)
+        return min(1.0, taken / self.threads)
+
+
 def _verdict(
-    noise: float,
-    discarded: float,
-    busy: float | None,
-    stolen: float | None,
-    fingerprint: Fingerprint,
-    threads: int,
-    problems: list[str],
+    noise: float, discarded: float, spread: float, load: _Load, fingerprint: Fingerprint, problems: list[str]
 ) -> tuple[bool, list[str]]:
     """(whether the device is too noisy, what to tell the user)."""
     reasons: list[str] = []
@@ -281,15 +318,29 @@ def _verdict(
         reasons.append(f"{discarded:.0%} of the rounds ran below reference speed (limit {DISCARD_LIMIT:.0%})")
     reasons += problems
     notes: list[str] = []
-    cores = os.cpu_count() or 1
-    if busy is not None and busy > 0.2:
-        # merely busy elsewhere is what the canary is for; taking the very core that is timed is too much
-        place = reasons if busy + threads > cores + 0.2 else notes
-        place.append(f"other processes keep {busy:.1f} of {cores} cores busy; stop them")
-    if stolen is not None and stolen > 0.02:
-        notes.append(f"the hypervisor takes {stolen:.2f} cores away; a machine of one's own is steadier")
+    _contention(load, reasons, notes)
+    if spread > STEADY_LIMIT:
+        notes.append(f"the canary scatters by {spread:.0%} (p90 - p10 over its median); its correction is at work")
     if fingerprint.governor not in ("performance", "unknown"):
         notes.append(f"the frequency governor is {fingerprint.governor!r}; 'performance' is steadier")
-    if threads > cores:
-        notes.append(f"{threads} threads on {cores} cores: they wait for each other")
+    if load.machine is not None and load.machine.turbo == "on":
+        notes.append("turbo is on: the clock depends on heat and on the other cores; without it times are steadier")
     return bool(reasons), [*reasons, *notes]
+
+
+def _contention(load: _Load, reasons: list[str], notes: list[str]) -> None:
+    """What others take of the cores, and whether there are enough for the threads asked for."""
+    machine = load.machine
+    if machine is None:
+        return
+    if load.busy is not None and load.busy > 0.2:
+        # merely busy elsewhere is what the canary is for; taking the very core that is timed is too much
+        place = reasons if load.busy + load.threads > machine.cores + 0.2 else notes
+        place.append(f"other processes keep {load.busy:.1f} of {machine.cores} cores busy; stop them")
+    if load.stolen is not None and load.stolen > STOLEN_LIMIT:
+        notes.append(f"the hypervisor takes {load.stolen:.2f} cores away; a machine of one's own is steadier")
+    if load.threads > machine.usable:
+        limit = f"a quota of {machine.quota:g} cores" if machine.quota == machine.usable else f"{machine.usable:g} cores"
+        reasons.append(f"{load.threads} threads on {limit}: they wait for each other; ask for fewer threads")
+    elif machine.quota is not None and load.threads > 0.8 * machine.quota:
+        notes.append(f"a quota of {machine.quota:g} cores for {load.threads} threads: the system may pause them")

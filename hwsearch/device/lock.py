@@ -11,9 +11,11 @@ started and waits for (Linux). A thread that holds the background lock and start
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,11 @@ FOLDER = Path("/tmp") if os.name == "posix" and os.path.isdir("/tmp") else Path(
 _GATE, _LOCK = "hwsearch-timing.gate", "hwsearch-timing.lock"
 
 _SHARED, _EXCLUSIVE = "shared", "exclusive"
+
+#: Waits that follow each other within so many seconds are one episode, which is told once: a campaign takes the lock
+#: for each of its jobs, and beside background work it would say the same at every one.
+_EPISODE_S = 120.0
+_told_until: dict[str, float] = {}
 
 
 class _Held(threading.local):
@@ -43,7 +50,8 @@ def timing_lock(message: Callable[[str], None] | None = None) -> Iterator[None]:
     """Holds the machine for a timing; waits for background chunks and other timings to end.
 
     Args:
-        message: told once, in one line, when somebody else holds the machine and this call has to wait.
+        message: told in one line when somebody else holds the machine and this call has to wait; once for all waits
+            of this process that follow each other within two minutes.
     """
     with _hold(_EXCLUSIVE, message):
         yield
@@ -75,11 +83,13 @@ def _hold(mode: str, message: Callable[[str], None] | None) -> Iterator[None]:
 
 
 def _acquire(mode: str, message: Callable[[str], None] | None) -> None:
-    told: list[str] = []
+    key, waited = f"{mode} {FOLDER}", False
 
     def tell(text: str) -> None:
-        if message is not None and not told:  # once, though there are two files to wait for
-            told.append(text)
+        nonlocal waited
+        waited = True
+        if message is not None and time.monotonic() > _told_until.get(key, -math.inf):
+            _told_until[key] = math.inf  # once, though there are two files to wait for
             message(text)
 
     try:
@@ -97,6 +107,9 @@ def _acquire(mode: str, message: Callable[[str], None] | None) -> None:
     except BaseException:
         _release()
         raise
+    finally:
+        if waited and message is not None:
+            _told_until[key] = time.monotonic() + _EPISODE_S
 
 
 class _AncestorHolds(Exception):

@@ -9,8 +9,8 @@ derived from the bytes, and its noise from the same seed. So results depend neit
 
 Options: ``block`` (channels), ``gmacs`` and ``gbytes`` (10^9 per second), ``node_us``, ``overhead_us``, ``drift`` and
 ``noise`` (relative), ``spells`` (share of the seconds that are 1.5 times slower), ``slowdown`` (a busy machine: factor
-on every time), ``seed``; and faults for tests: a network whose name contains ``crash_on`` kills the agent, ``hang_on``
-makes it hang, ``fail_on`` is refused.
+on every time), ``seed``; and for tests: ``version`` is another runtime version (the same machine), a network whose
+name contains ``crash_on`` kills the agent, ``hang_on`` makes it hang, ``fail_on`` is refused.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _DEFAULTS: dict[str, float] = {
     "spells": 0.03, "slowdown": 1.0, "seed": 0,
 }  # fmt: skip
 _FAULTS = ("crash_on", "hang_on", "fail_on")
+_TEXTS = ("version", *_FAULTS)
 
 #: Share of the peak that a family reaches; halved in the plain layout.
 _EFFICIENCY = {
@@ -63,7 +64,7 @@ def probe(device: Device) -> Fingerprint:
         cpu=f"simulated {digest[:12]}",
         isa=f"block{_options(device)['block']:.0f}",
         runtime=device.runtime,
-        runtime_version=VERSION,
+        runtime_version=str(device.options.get("version", VERSION)),
         threads=device.threads,
         precision=device.precision,
         system="simulated",
@@ -221,8 +222,8 @@ def _options(device: Device) -> dict[str, float]:
         InputError: an option is unknown, or its value makes no sense.
     """
     for name in device.options:
-        if name not in _DEFAULTS and name not in _FAULTS:
-            known = ", ".join([*_DEFAULTS, *_FAULTS])
+        if name not in _DEFAULTS and name not in _TEXTS:
+            known = ", ".join([*_DEFAULTS, *_TEXTS])
             raise InputError(f"device {device.name}: options.{name} is unknown to simulated; known: {known}")
     options = {name: device.option(name, default) for name, default in _DEFAULTS.items()}
     for name in ("block", "gmacs", "gbytes", "slowdown"):

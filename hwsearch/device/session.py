@@ -29,6 +29,7 @@ from hwsearch import errors
 from hwsearch.device.agent import runtime_of
 from hwsearch.device.canary import canary_bytes
 from hwsearch.device.lock import timing_lock
+from hwsearch.device.machine import Machine
 from hwsearch.device.runtime_onnxruntime import scratch
 from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.device.stopwatch import PROFILE, CanaryReference, StopwatchSettings, Timing
@@ -74,6 +75,7 @@ class DeviceSession:
         self._number = 0
         self._busy = False
         self._fingerprint: Fingerprint | None = None
+        self._machine: Machine | None = None
         self._folder, self._alive = _folder()
         self._canary = self._folder / "canary"
         self._canary.write_bytes(canary_bytes())
@@ -111,7 +113,13 @@ class DeviceSession:
         if self._fingerprint is None:
             answer = self._single("probe", {})
             self._fingerprint = Fingerprint.from_dict(answer["fingerprint"])
+            self._machine = Machine(**answer["machine"]) if answer.get("machine") else None
         return self._fingerprint
+
+    @property
+    def machine(self) -> Machine | None:
+        """The device's cores, quota and turbo; None for a simulated one."""
+        return self._machine if self.fingerprint else None
 
     def optimise(self, networks: Sequence[bytes], names: Sequence[str] | None = None) -> list[bytes]:
         """Each network as the runtime would really run it, in the runtime's own form.

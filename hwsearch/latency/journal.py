@@ -32,6 +32,12 @@ CREATE TABLE IF NOT EXISTS visits (
 COMMIT;
 """
 _COLUMNS = tuple(f.name for f in fields(Kernel) if f.name != "source")
+#: The columns of each table as this release makes them.
+_LAYOUT = {
+    "meta": ("name", "value"),
+    "networks": ("id", "source", "kernels"),
+    "visits": ("campaign", "place", "visit", "id", "seconds", "reference_ms", "document", "error"),
+}
 
 #: Place of a network in a plan, and number of the visit to it.
 Slot = tuple[int, int]
@@ -56,6 +62,7 @@ class Journal:
             self._base = sqlite3.connect(path, timeout=1.0, isolation_level=None)
             self._base.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._base.execute("PRAGMA journal_mode=WAL")
+            self._refuse_other_layout()
             self._base.executescript(_TABLES)
         except (OSError, sqlite3.OperationalError) as error:
             if "locked" in str(error):
@@ -63,9 +70,10 @@ class Journal:
             raise InputError(f"cannot write {path}: {error}; choose a folder you may write to") from None
         except sqlite3.DatabaseError as error:
             raise SchemaError(f"{path} is no journal ({error}); move it away and profile again") from None
-        schema = self.meta.setdefault("schema", f"{SCHEMA} {VERSION}")
-        if schema != f"{SCHEMA} {VERSION}":
-            raise SchemaError(f"{path} is a {schema!r}, this release reads {SCHEMA} {VERSION}; move it away")
+        except SchemaError:
+            self._base.close()
+            raise
+        self.meta.setdefault("schema", f"{SCHEMA} {VERSION}")
 
     @property
     def meta(self) -> Meta:
@@ -134,15 +142,44 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _refuse_other_layout(self) -> None:
+        """Refuse the journal of another release before anything is added to it.
+
+        Raises:
+            SchemaError: its schema, or the columns of a table, are not this release's.
+        """
+        found = {}
+        for table in _LAYOUT:
+            rows = self._base.execute(f"PRAGMA table_info({table})").fetchall()
+            found[table] = tuple(str(row[1]) for row in rows)
+        if not any(found.values()):
+            return
+        if found["meta"] == _LAYOUT["meta"]:
+            schema = self.meta.get("schema")
+            if schema is not None and schema != f"{SCHEMA} {VERSION}":
+                raise SchemaError(
+                    f"{self.path} is a {schema!r}, this release reads {SCHEMA} {VERSION}; move it away and profile again"
+                )
+        # Between releases the columns have changed without the version: look at both.
+        different = [table for table, columns in _LAYOUT.items() if found[table] not in ((), columns)]
+        if different:
+            raise SchemaError(
+                f"{self.path} was written by another release of hwsearch (the columns of its table {different[0]!r} are "
+                f"{', '.join(found[different[0]])}); move it away and profile again"
+            )
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._base.execute("BEGIN IMMEDIATE")
         try:
-            yield
-        except BaseException:
-            self._base.execute("ROLLBACK")
-            raise
-        self._base.execute("COMMIT")
+            self._base.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._base.execute("ROLLBACK")
+                raise
+            self._base.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise InputError(f"cannot write {self.path}: {error}; free the disk or mend the file, then go on") from None
 
     def _put(
         self, campaign: str, slot: Slot, network: str, seconds: float, reference_ms: float, document: str, error: str
@@ -175,6 +212,11 @@ class Meta:
         """The text, or None."""
         row = self._base.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
+
+    def all(self, prefix: str) -> list[str]:
+        """The texts of all names that begin so."""
+        query = "SELECT value FROM meta WHERE substr(name, 1, ?) = ? ORDER BY name"
+        return [str(value) for (value,) in self._base.execute(query, (len(prefix), prefix))]
 
     def setdefault(self, name: str, value: str) -> str:
         """The text under the name, stored now when it is new."""

@@ -133,6 +133,7 @@ def profile(
         _move_aside(path)
     with Journal(path) as journal:
         _same_device(journal, session.fingerprint, path)
+        journal.meta.setdefault(f"seed {seed}", str(seed))
         check = current_check(device, session, lambda text: tell(0, 0.0, 60 * minutes, text))
         if not check.ok:
             raise NoisyDeviceError(
@@ -145,6 +146,7 @@ def profile(
         )  # fmt: skip
         _work(campaign)
         known, made = journal.measurements()
+        seeds = tuple(sorted(int(text) for text in journal.meta.all("seed ")))
     # The reference speed may have been checked anew since: milliseconds are ratios to it, so they move exactly.
     moved = [
         visit
@@ -156,7 +158,7 @@ def profile(
     if not found.samples:
         raise InputError(f"no network was measured on {device.name!r}: give the campaign more than {minutes:g} minutes")
     floor = check.noise_floor if found.retest is None or device.simulated else float(f"{found.retest:.4g}")
-    table = LatencyTable(device.name, session.fingerprint, check.reference_ms, floor, found.samples)
+    table = LatencyTable(device.name, session.fingerprint, check.reference_ms, floor, found.samples, seeds)
     table.save(device.table_folder)
     return table
 

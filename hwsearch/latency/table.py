@@ -95,6 +95,7 @@ class LatencyTable:
         reference_ms: the canary's median at ``device check``: the speed that every ``measured_ms`` refers to.
         noise_floor: p95 of the relative test-retest error (0.05 = 5 %); accuracy below it is not a claim.
         networks: sorted by id.
+        seeds: of the plans that the networks came from, sorted: with them the networks can be made again.
 
     Example:
         >>> table = LatencyTable.load("latency_tables/x86-ort-1t")      # doctest: +SKIP
@@ -107,6 +108,7 @@ class LatencyTable:
     reference_ms: float
     noise_floor: float
     networks: tuple[NetworkSample, ...]
+    seeds: tuple[int, ...] = ()
 
     @property
     def kernel_count(self) -> int:
@@ -156,7 +158,8 @@ class LatencyTable:
             mine = chosen.get(network.id)
             if mine is None or moved.spread < mine.spread:
                 chosen[network.id] = moved
-        merged = replace(self, noise_floor=max(self.noise_floor, other.noise_floor))
+        seeds = tuple(sorted({*self.seeds, *other.seeds}))
+        merged = replace(self, noise_floor=max(self.noise_floor, other.noise_floor), seeds=seeds)
         return merged.with_networks(chosen.values())
 
     def save(self, folder: str | Path) -> None:
@@ -175,6 +178,7 @@ class LatencyTable:
             "fingerprint": self.fingerprint.to_dict(),
             "reference_ms": self.reference_ms,
             "noise_floor": self.noise_floor,
+            "seeds": sorted(self.seeds),
             "files": {
                 name: {"rows": text.count("\n") - 1, "sha256": hashlib.sha256(text.encode()).hexdigest()}
                 for name, text in files.items()
@@ -209,6 +213,8 @@ class LatencyTable:
                 reference_ms=float(manifest["reference_ms"]),
                 noise_floor=float(manifest["noise_floor"]),
                 networks=(),
+                # Tables of before do not tell.
+                seeds=tuple(sorted(int(seed) for seed in manifest.get("seeds", ()))),
             )
             networks_file, kernels_file = files["networks.csv"], files["kernels.csv"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:

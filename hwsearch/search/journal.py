@@ -46,7 +46,7 @@ class Journal:
 
         Raises:
             InputError: the file belongs to something else (the first differing field is named) or cannot be written.
-            SchemaError: a line before the last is damaged.
+            SchemaError: a line before the last is damaged, or another release wrote the file.
         """
         wanted = json.loads(json.dumps(self.header))
         try:
@@ -64,6 +64,12 @@ class Journal:
             raise InputError(f"cannot write {self.path}: {error.strerror}; choose a writable folder") from error
         lines = whole.decode("utf-8", "replace").splitlines()
         records = [self._parse(line, number) for number, line in enumerate(lines, 1)]
+        for name in ("schema", "version"):
+            if records[0].get(name) != wanted.get(name):
+                raise SchemaError(
+                    f"{self.path} was written by another release of hwsearch ({name} {short(records[0].get(name))}, this "
+                    f"one writes {short(wanted.get(name))}): delete it to start again, or use another run name"
+                )
         differs = first_difference(records[0], wanted)
         if differs:
             name, was, now = differs

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hwsearch.errors import AnswerIsNo, InfeasibleBudgetError, InputError
+from hwsearch.errors import AnswerIsNo, InfeasibleBudgetError, InputError, SchemaError
 from hwsearch.search.budget import Budget, checked_ms
 from hwsearch.search.evolution import Candidate, Progress
 from hwsearch.search.journal import Journal
@@ -152,7 +152,12 @@ class _Readings:
         self._journal = Journal(Path(path), header) if path and self.possible else None
         self._known: dict[tuple[int, ...], list[tuple[float, ...]]] = {}
         for record in self._journal.open() if self._journal else ():
-            self._known.setdefault(tuple(record["widths"]), []).append(tuple(record["ms"]))
+            try:
+                widths, ms = (tuple(record[name]) for name in ("widths", "ms"))
+                ms = tuple(checked_ms(value, "a measured time") for value in ms)
+            except (KeyError, TypeError, InputError) as error:
+                raise SchemaError(f"{path} has a damaged record {record}: delete the file to start again") from error
+            self._known.setdefault(widths, []).append(ms)
 
     def read(self, choice: WidthChoice, repeat: int) -> tuple[float, ...]:
         """Reading number ``repeat`` (0 ..) of a choice, one entry per limit."""

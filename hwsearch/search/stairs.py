@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hwsearch.errors import InputError
+from hwsearch.latency.stairs import TOLERANCE, kept_widths
 from hwsearch.search.budget import Reach
 from hwsearch.search.grid import WidthGrid, Widths
 
@@ -58,7 +59,7 @@ class Stairs:
         )
 
 
-def stair_edges(space: WidthSpace, budget: Budget, *, tolerance: float = 0.02) -> Stairs:
+def stair_edges(space: WidthSpace, budget: Budget, *, tolerance: float = TOLERANCE) -> Stairs:
     """Keep the widths that no larger width matches in time, on any limit of the budget.
 
     Args:
@@ -78,7 +79,7 @@ def stair_edges(space: WidthSpace, budget: Budget, *, tolerance: float = 0.02) -
         raise InputError(f"tolerance is {tolerance!r}: give a share from 0 up to, not including, 1")
     grid = WidthGrid.of(space)
     edges = tuple(
-        tuple(int(w) for w in allowed[_edges(_times(budget, grid, g), tolerance)])
+        tuple(int(w) for w in allowed[kept_widths(_times(budget, grid, g), tolerance)])
         for g, allowed in enumerate(grid.allowed)
     )
     small = space.restrict({group.name: kept for group, kept in zip(space.groups, edges, strict=True)})
@@ -107,18 +108,3 @@ def _times(budget: Budget, grid: WidthGrid, group: int) -> Floats:
         rows[:, group] = widths
         columns.append(budget.evaluate(rows))
     return np.concatenate(columns, axis=1)
-
-
-def _edges(times: Floats, tolerance: float) -> list[int]:
-    """Positions of the widths to keep, ascending, of times (W, C) by ascending width.
-
-    From the widest down: a width stays unless one kept width is no slower than it in every context. Comparing with
-    *kept* widths only is what bounds the loss: against any larger width, many small steps would fall one by one.
-    """
-    allowance = tolerance * (times.max(axis=0) - times.min(axis=0))
-    kept = [len(times) - 1]
-    for at in range(len(times) - 2, -1, -1):
-        no_slower = times[kept] <= times[at] + allowance
-        if not no_slower.all(axis=1).any():
-            kept.append(at)
-    return kept[::-1]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hwsearch.device.check import DeviceCheck, check_device
-from hwsearch.device.spec import Device
+from hwsearch.device.check import DeviceCheck, _Load, _verdict, check_device
+from hwsearch.device.machine import Machine
+from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.errors import InputError, SchemaError
 
 
@@ -95,3 +96,68 @@ def test_an_unwritable_folder_is_named(checked: DeviceCheck, tmp_path: Path) -> 
 def test_senseless_wishes_are_refused(change: dict) -> None:
     with pytest.raises(InputError, match=next(iter(change))):
         check_device("simulated", save=False, **change)
+
+
+def test_a_check_of_before_is_read(checked: DeviceCheck, tmp_path: Path) -> None:
+    path = checked.save(tmp_path)
+    data = json.loads(path.read_text())
+    for name in ("threads", "cores", "usable_cores", "turbo", "contention"):
+        del data[name]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert DeviceCheck.load(tmp_path) == checked
+
+
+FINGERPRINT = Fingerprint("cpu", "avx2", "onnxruntime", "1.31.1", 1, "float32", "Linux", "performance")
+BOX = Machine(cores=4, usable=4.0)
+
+
+def judged(load: _Load, *, noise: float = 0.02, spread: float = 0.05, governor: str = "performance") -> tuple:
+    noisy, messages = _verdict(noise, 0.0, spread, load, replace(FINGERPRINT, governor=governor), [])
+    return noisy, " | ".join(messages)
+
+
+def test_a_quiet_machine_has_nothing_to_say() -> None:
+    assert judged(_Load(0.05, 0.0, 1, BOX)) == (False, "")
+    assert judged(_Load(None, None, 1, None)) == (False, "")
+
+
+@pytest.mark.parametrize(
+    ("load", "noisy", "words"),
+    [
+        (_Load(1.5, 0.0, 1, BOX), False, "other processes keep 1.5 of 4 cores busy"),
+        (_Load(3.6, 0.0, 1, BOX), True, "other processes keep 3.6 of 4 cores busy"),
+        (_Load(0.0, 0.1, 1, BOX), False, "the hypervisor takes 0.10 cores away"),
+        (_Load(0.0, 0.0, 8, BOX), True, "8 threads on 4 cores"),
+        (_Load(0.0, 0.0, 2, Machine(4, 1.5, quota=1.5)), True, "2 threads on a quota of 1.5 cores"),
+        (_Load(0.0, 0.0, 2, Machine(4, 2.0, quota=2.0)), False, "the system may pause them"),
+        (_Load(0.0, 0.0, 4, Machine(4, 2.0)), True, "4 threads on 2 cores"),
+        (_Load(0.0, 0.0, 1, Machine(4, 4.0, turbo="on")), False, "turbo is on"),
+    ],
+)
+def test_who_else_wants_the_cores(load: _Load, noisy: bool, words: str) -> None:
+    found = judged(load)
+    assert found[0] is noisy
+    assert words in found[1]
+
+
+def test_remarks_and_reasons() -> None:
+    quiet = _Load(0.0, 0.0, 1, BOX)
+    assert judged(quiet, governor="powersave") == (
+        False, "the frequency governor is 'powersave'; 'performance' is steadier",
+    )  # fmt: skip
+    assert judged(quiet, spread=0.4)[1].startswith("the canary scatters by 40%")
+    assert judged(quiet, noise=0.2)[0]
+
+
+@pytest.mark.parametrize(
+    ("load", "share"),
+    [
+        (_Load(0.0, 0.0, 1, BOX), 0.0),
+        (_Load(3.5, 0.0, 1, BOX), 0.5),
+        (_Load(4.0, 0.0, 2, BOX), 1.0),
+        (_Load(2.0, 0.2, 1, BOX), 0.2),
+        (_Load(None, None, 1, BOX), None),
+    ],
+)
+def test_contention_is_the_share_of_the_timed_cores_that_others_take(load: _Load, share: float | None) -> None:
+    assert load.contention == (None if share is None else pytest.approx(share))

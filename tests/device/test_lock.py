@@ -184,3 +184,22 @@ def test_an_unwritable_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(lock, "FOLDER", tmp_path / "absent")
     with pytest.raises(InputError, match="cannot be made"), timing_lock():
         pass
+
+
+def test_waits_that_follow_each_other_are_told_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+
+    def wait_for(seconds: float) -> None:
+        holder = start(folder, "background_lock", seconds)
+        assert says(holder) == "held"
+        with timing_lock(messages.append):
+            pass
+        holder.wait()
+
+    wait_for(0.2)
+    assert len(messages) == 1
+    wait_for(0.2)
+    assert len(messages) == 1, "the same episode"
+    monkeypatch.setattr(lock, "_told_until", {key: 0.0 for key in lock._told_until})  # two minutes later
+    wait_for(0.2)
+    assert len(messages) == 2

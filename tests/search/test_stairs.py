@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from hwsearch.errors import InputError
 from hwsearch.graph.widths import WidthGroup, WidthSpace
+from hwsearch.latency.stairs import kept_widths
 from hwsearch.search.budget import Budget, Limit
-from hwsearch.search.stairs import _edges, stair_edges
+from hwsearch.search.stairs import stair_edges
 
 
 def test_only_block_edges_stay(toy: Any) -> None:
@@ -80,7 +81,7 @@ def test_snapping_widens_and_never_slows(toy: Any) -> None:
 )
 def test_every_dropped_width_has_a_kept_larger_one_that_is_no_slower(times: list, tolerance: float) -> None:
     table = np.asarray(times)
-    kept = _edges(table, tolerance)
+    kept = kept_widths(table, tolerance)
     allowance = tolerance * (table.max(axis=0) - table.min(axis=0))
     assert kept == sorted(kept)
     assert kept[-1] == len(table) - 1
@@ -92,7 +93,7 @@ def test_every_dropped_width_has_a_kept_larger_one_that_is_no_slower(times: list
 
 def test_many_small_steps_are_not_dropped_one_by_one() -> None:
     # Each step saves less than the tolerance; together they save everything.
-    kept = _edges(np.linspace(0, 1, 101)[:, None], 0.02)
+    kept = kept_widths(np.linspace(0, 1, 101)[:, None], 0.02)
     assert len(kept) > 30
     assert kept[0] <= 2
 

@@ -1,0 +1,185 @@
+"""``estimate``: a model's predicted milliseconds on a device, and on demand why they are what they are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hwsearch.console import Console
+from hwsearch.errors import InputError, UnsupportedModelError
+from hwsearch.model_argument import ModelArgument
+
+if TYPE_CHECKING:
+    from hwsearch.device.session import DeviceSession
+    from hwsearch.device.spec import Device
+    from hwsearch.graph.kernel import Kernel
+    from hwsearch.graph.onnx_build import OnnxTemplate
+    from hwsearch.graph.widths import WidthChoice
+    from hwsearch.latency.explain import Explanation
+    from hwsearch.latency.predictor import LatencyPredictor, NetworkEstimate
+    from hwsearch.latency.stairs import StairCurve
+
+Told = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A model's prediction: the kernels that the device makes of it, their milliseconds, and why."""
+
+    model: str
+    device: str
+    kernels: tuple[Kernel, ...]
+    found: NetworkEstimate
+    explanation: Explanation | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        facts: dict[str, Any] = {
+            "model": self.model,
+            "device": self.device,
+            "predicted_ms": self.found.ms,
+            "low_ms": self.found.low_ms,
+            "high_ms": self.found.high_ms,
+            "p90_ms": self.found.p90_ms,
+            "coverage": self.found.coverage,
+            "unknown": list(self.found.unknown),
+            "kernels": [
+                {"node": _node(kernel), "family": kernel.family, "ms": ms}
+                for kernel, ms in zip(self.kernels, self.found.kernel_ms, strict=True)
+            ],
+        }
+        return facts if self.explanation is None else {**facts, "explanation": self.explanation.to_dict()}
+
+    def show(self, console: Console) -> None:
+        """As tables and lines of text."""
+        found, title = self.found, f"{self.model} on {self.device}"
+        if self.explanation is not None:
+            show_explanation(console, title, self.explanation)
+        else:
+            rows = [
+                [_node(k), k.family, f"{ms:.4g}", f"{100 * ms / sum(found.kernel_ms):.1f}"]
+                for k, ms in zip(self.kernels, found.kernel_ms, strict=True)
+            ]
+            console.table(title, ["kernel", "family", "ms", "% of all"], rows)
+        for line in found.unknown:
+            console.show(f"guessed: {line}")
+        console.show(
+            f"predicted {found.ms:.4g} ms (90 % interval {found.low_ms:.4g} to {found.high_ms:.4g}), "
+            f"single runs within {found.p90_ms:.4g} ms in 90 %, coverage {100 * found.coverage:.1f} %"
+        )
+
+
+def estimate(
+    argument: ModelArgument,
+    device: Device,
+    session: DeviceSession,
+    predictor: LatencyPredictor,
+    *,
+    why: bool = False,
+    told: Told | None = None,
+) -> Estimate:
+    """Predict a model's milliseconds; with ``why`` also explain them.
+
+    Raises:
+        UnsupportedModelError: the model cannot be exported.
+        DeviceJobError: the runtime rejects it.
+    """
+    from hwsearch.latency.predictor import OutOfRangeWarning
+
+    onnx = argument.to_onnx()
+    kernels = session.lower([onnx], [argument.spec])[0]
+    with warnings.catch_warnings():
+        # What is guessed is listed with the result.
+        warnings.simplefilter("ignore", OutOfRangeWarning)
+        found = predictor.network(kernels)
+        explanation = explain_model(argument, onnx, kernels, session, predictor, told) if why else None
+    return Estimate(argument.spec, device.name, kernels, found, explanation)
+
+
+def explain_model(
+    argument: ModelArgument,
+    onnx: bytes,
+    kernels: tuple[Kernel, ...],
+    session: DeviceSession,
+    predictor: LatencyPredictor,
+    told: Told | None = None,
+) -> Explanation:
+    """Explain a model: with the stair edges of its width space where it has one, else with a line that says why not."""
+    from hwsearch.latency.explain import explain, explain_choice
+    from hwsearch.latency.lowering import Lowering
+    from hwsearch.latency.network import NetworkLatency
+
+    if argument.module is None:
+        return explain(onnx, kernels, predictor, note="an ONNX file has no width space: no stair edges")
+    try:
+        template, choice = _space_of(argument)
+    except (InputError, UnsupportedModelError) as error:
+        return explain(onnx, kernels, predictor, note=f"no stair edges: {error}")
+    latency = NetworkLatency(template.space, predictor, Lowering(template, session))
+    return explain_choice(latency, choice, template.slice(choice), told=told)
+
+
+def _space_of(argument: ModelArgument) -> tuple[OnnxTemplate, WidthChoice]:
+    """The model's width space as ONNX, and where in it the model stands.
+
+    A shrunk network in a model folder stands below the full widths of its factory, so that wider ones can be looked at
+    too; any other model is its own full width.
+    """
+    from hwsearch.graph.onnx_build import OnnxTemplate
+    from hwsearch.graph.widths import WidthChoice, WidthSpace
+    from hwsearch.reparam.fold import fold
+
+    module, example = argument.full_module(), argument.example_input
+    space = WidthSpace.from_model(module, example)
+    widths = argument.widths
+    names = [group.name for group in space.groups]
+    choice = WidthChoice(tuple(widths[name] for name in names)) if set(names) == set(widths) else None
+    if choice is None and argument.widths:
+        # The folder's groups are not those of this release: explain the network as it stands.
+        module = argument.need_module()
+        space = WidthSpace.from_model(module, example)
+    return OnnxTemplate(space, fold(module, example, require=False), example), choice or space.full()
+
+
+def show_explanation(console: Console, title: str, found: Explanation) -> None:
+    """The layers as a table, then the sentences."""
+    columns = ["layer", "kernels", "ms", "%", "bound", "channels", "down to", "saves ms", "free up to"]
+    if not found.stairs:
+        columns = columns[:6]
+    rows = []
+    for layer in found.layers:
+        channels = "" if layer.channels is None else str(layer.channels)
+        if layer.channels is not None and layer.runs_as is not None and layer.runs_as > layer.channels:
+            channels += f" as {layer.runs_as}"
+        row = [layer.name, _kernels(layer), f"{layer.ms:.4g}", f"{100 * layer.share:.1f}", layer.bound, channels]
+        rows.append(row + (_edge_cells(layer.stair) if found.stairs else []))
+    if found.overhead_ms > 0:
+        rest = ["the network itself", "", f"{found.overhead_ms:.4g}", f"{100 * found.overhead_ms / found.ms:.1f}"]
+        rows.append(rest + ["overhead", *[""] * (len(columns) - 5)])
+    console.table(title, columns, rows)
+    if found.note:
+        console.show(found.note)
+    console.show("Why it is not faster:")
+    for reason in found.reasons:
+        console.show(f"  {reason}")
+
+
+def _edge_cells(stair: StairCurve | None) -> list[str]:
+    if stair is None:
+        return ["", "", ""]
+    down = ["-", ""] if stair.down is None else [str(stair.down), f"{stair.saved_ms:.3g}"]
+    return [*down, "-" if stair.up is None else str(stair.up)]
+
+
+def _kernels(layer: Any) -> str:
+    """``conv + 2 reorder``: the families of a layer's kernels, each counted."""
+    counts: dict[str, int] = {}
+    for cost in layer.kernels:
+        counts[cost.kernel.family] = counts.get(cost.kernel.family, 0) + 1
+    return " + ".join(name if number == 1 else f"{number} {name}" for name, number in counts.items())
+
+
+def _node(kernel: Kernel) -> str:
+    return kernel.node or kernel.op
