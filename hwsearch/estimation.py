@@ -157,7 +157,7 @@ def show_explanation(console: Console, title: str, found: Explanation) -> None:
         rows.append(row + (_edge_cells(layer.stair) if found.stairs else []))
     if found.overhead_ms > 0:
         rest = ["the network itself", "", f"{found.overhead_ms:.4g}", f"{100 * found.overhead_ms / found.ms:.1f}"]
-        rows.append(rest + ["overhead", *[""] * (len(columns) - 5)])
+        rows.append([*rest, "overhead", *([""] * (len(columns) - 5))])
     console.table(title, columns, rows)
     if found.note:
         console.show(found.note)

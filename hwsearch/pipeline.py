@@ -54,9 +54,20 @@ def run(config: RunConfig, console: Console) -> Outcome:
         verdict.save(config.bundle_folder / "verdict.json")
         rows = tuple(with_verdict(row, verdict) if row.name == "found" else row for row in rows)
         write_summary(ready, rows, metric_name, verdict)
+        _explain(ready, result)
         ready.run.event("verified", status=verdict.status, measured_ms=verdict.measured_ms)
         page = report(ready.run.path, ready.run.path / "report.html")
     return Outcome(config.run_folder, rows, metric_name, verdict, Path(page))
+
+
+def _explain(ready: Prepared, result: SearchResult) -> None:
+    """Why the found network takes its time, for the report."""
+    from hwsearch.latency.explain import explain_choice
+    from hwsearch.report.explain_section import write_explanation
+
+    with ready.console.bar("stairs of the found network") as bar:
+        found = explain_choice(ready.latency, result.choice, ready.template.slice(result.choice), told=bar)
+    write_explanation(ready.run.path, found)
 
 
 def search(ready: Prepared) -> SearchResult:

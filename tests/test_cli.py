@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +46,6 @@ def refused(*arguments: str | Path, code: int = 2) -> str:
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home whose simulated device has been profiled and fitted for a few pretended seconds."""
     import os
-    import shutil
 
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(Path(__file__).resolve().parent.parent / "devices", home / "devices")
@@ -64,7 +67,8 @@ def at_home(profiled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class TestVerbs:
     def test_every_verb_has_help_with_an_example(self) -> None:
         verbs = ["profile", "fit", "estimate", "measure", "search", "fold", "deploy", "verify", "report", "run"]
-        for verb in [*([v] for v in verbs), *(["device", v] for v in ("list", "show", "check", "add"))]:
+        device = ("list", "show", "check", "revalidate", "add")
+        for verb in [*([v] for v in verbs), *(["device", v] for v in device)]:
             done = hwsearch(*verb, "--help")
             assert done.returncode == 0
             assert f"hwsearch {' '.join(verb)}" in " ".join(done.stdout.split()), verb
@@ -72,7 +76,10 @@ class TestVerbs:
     def test_devices(self, at_home: Path) -> None:
         names = [item["name"] for item in answer("device", "list")["items"]]
         assert "simulated" in names
-        assert answer("device", "check", "simulated")["verdict"] == "ok"
+        checked = answer("device", "check", "simulated")
+        assert checked["verdict"] == "ok"
+        told = {"canary_spread", "noise_floor", "fingerprint", "threads", "usable_cores", "contention", "turbo"}
+        assert told <= set(checked)
         assert answer("device", "show", "simulated")["check"]["verdict"] == "ok"
         added = answer("device", "add", "toy-box", "--runtime", "simulated")
         assert Path(added["path"]).is_file()
@@ -85,6 +92,92 @@ class TestVerbs:
         assert estimated["low_ms"] <= estimated["predicted_ms"] <= estimated["high_ms"]
         assert estimated["coverage"] == pytest.approx(1.0)
         assert estimated["predicted_ms"] == pytest.approx(measured["measured_ms"], rel=0.25)
+
+    def test_an_estimate_explains_itself(self, at_home: Path) -> None:
+        plain = answer("estimate", RESNET, *ON_SIMULATED, *SHAPE)
+        found = answer("estimate", RESNET, *ON_SIMULATED, *SHAPE, "--explain")
+        assert {name: found[name] for name in plain} == plain
+        why = found["explanation"]
+        assert why["ms"] == pytest.approx(found["predicted_ms"])
+        assert sum(layer["ms"] for layer in why["layers"]) + why["overhead_ms"] == pytest.approx(why["ms"])
+        assert {layer["bound"] for layer in why["layers"]} <= {"compute", "memory", "overhead"}
+        assert 1 <= len(why["reasons"]) <= 2
+        assert [stair["width"] for stair in why["stairs"]] == [stair["units"] for stair in why["stairs"]]
+        assert any(layer["down"] for layer in why["layers"])
+        text = hwsearch("estimate", RESNET, *ON_SIMULATED, *SHAPE, "--explain").stdout
+        assert "Why it is not faster:" in text
+        assert why["reasons"][0][:60] in " ".join(text.split())
+        assert "down to" in text
+        answer("fold", RESNET, *SHAPE, "--output", "explained.onnx")
+        bare = answer("estimate", "explained.onnx", *ON_SIMULATED, "--explain")["explanation"]
+        assert (bare["stairs"], bare["note"]) == ([], "an ONNX file has no width space: no stair edges")
+        assert [(x["name"], x["bound"]) for x in bare["layers"]] == [(x["name"], x["bound"]) for x in why["layers"]]
+
+    def test_a_found_network_is_explained_in_its_full_space(self, at_home: Path) -> None:
+        import torch
+
+        from hwsearch.graph.model_folder import save_model
+        from hwsearch.graph.surgery import shrink
+        from hwsearch.graph.widths import WidthSpace
+        from hwsearch.models.resnet import resnet_small
+
+        model = resnet_small()
+        space = WidthSpace.from_model(model, torch.zeros(1, 1, 28, 28))
+        choice = space.uniform(0.55)
+        widths = {group.name: width for group, width in zip(space.groups, choice.widths, strict=True)}
+        small = shrink(model, space, choice)
+        folder = "found-network"
+        save_model(folder, small, factory=RESNET, input_shape=(1, 1, 28, 28), widths=widths)
+        found = answer("estimate", folder, *ON_SIMULATED, "--explain")
+        stairs = found["explanation"]["stairs"]
+        assert {stair["group"]: stair["width"] for stair in stairs} == widths
+        assert all(stair["units"] > stair["width"] for stair in stairs)
+        assert any(stair["up"] for stair in stairs), "unaligned widths can be widened for nothing"
+        assert found["explanation"]["ms"] == pytest.approx(found["predicted_ms"])
+
+    def test_a_predictor_is_revalidated(self, at_home: Path) -> None:
+        found = answer("device", "revalidate", "simulated")
+        assert found["verdict"] == "holds"
+        assert found["networks"] == 24
+        assert found["messages"]
+        plain = hwsearch("device", "revalidate", "simulated", "--accept")
+        assert plain.returncode == 0, plain.stderr
+        assert "verdict: holds" in plain.stdout
+        assert "nothing to accept" in plain.stdout
+
+    def test_a_runtime_patch_is_refused_until_it_is_revalidated(self, at_home: Path) -> None:
+        other = at_home / "patched"
+        shutil.copytree(at_home / "devices", other / "devices")
+        shutil.copytree(at_home / "latency_tables", other / "latency_tables")
+        device = other / "devices" / "simulated.toml"
+        device.write_text(device.read_text() + 'version = "1.0.1"\n')
+        estimated = ["estimate", RESNET, "--device", str(device), *SHAPE]
+        assert "runtime_version '1.0.1' instead of '1'" in refused(*estimated)
+        done = hwsearch("device", "revalidate", str(device), "--accept", "--json")
+        assert done.returncode == 0, done.stderr
+        facts = json.loads(done.stdout)
+        assert facts["differences"] == ["runtime_version: 1 against 1.0.1"]
+        assert "now also used with 1.0.1" in facts["accepted"]
+        assert answer(*estimated)["predicted_ms"] > 0
+        device.write_text(device.read_text().replace("gbytes = 10.0", "gbytes = 2.0"))
+        broken = hwsearch("device", "revalidate", str(device), "--accept", "--json")
+        assert broken.returncode == 1, broken.stderr
+        assert json.loads(broken.stdout)["verdict"] == "broken"
+        assert "accepted" not in json.loads(broken.stdout)
+        assert "cpu 'simulated" in refused(*estimated), "both are named"
+
+    @pytest.mark.parametrize(("name", "theirs"), [("isa", "avx9"), ("precision", "int8"), ("runtime_version", "0.9")])
+    def test_a_predictor_of_another_isa_or_precision_is_refused(self, at_home: Path, name: str, theirs: str) -> None:
+        path = at_home / "latency_tables" / "simulated" / "predictor" / "manifest.json"
+        kept = path.read_text()
+        manifest = json.loads(kept)
+        mine = manifest["fingerprint"][name]
+        manifest["fingerprint"][name] = theirs
+        path.write_text(json.dumps(manifest))
+        try:
+            assert f"{name} {mine!r} instead of {theirs!r}" in refused("estimate", RESNET, *ON_SIMULATED, *SHAPE)
+        finally:
+            path.write_text(kept)
 
     def test_an_onnx_file_is_as_good_as_its_factory(self, at_home: Path) -> None:
         folded = answer("fold", RESNET, *SHAPE, "--verify", "--output", "resnet.onnx")
@@ -172,6 +265,96 @@ class TestBadInput:
         done = hwsearch("profile", "--nonsense")
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+class TestBadTables:
+    """Over the command line, each damage of a table is one line with the file and the line of it."""
+
+    @pytest.fixture
+    def table(self, profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        shutil.copytree(profiled / "devices", tmp_path / "devices")
+        shutil.copytree(profiled / "latency_tables", tmp_path / "latency_tables")
+        monkeypatch.setenv("HWSEARCH_HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        return tmp_path / "latency_tables" / "simulated"
+
+    @staticmethod
+    def rewrite(path: Path, line: int, column: str, value: str) -> None:
+        """One cell of a CSV file; its line counts from 1, the header's."""
+        lines = path.read_text().splitlines()
+        cells = next(csv.reader([lines[line - 1]]))
+        cells[next(csv.reader([lines[0]])).index(column)] = value
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow(cells)
+        lines[line - 1] = text.getvalue()
+        path.write_text("\n".join(lines) + "\n")
+
+    @pytest.mark.parametrize("value", ["nan", "0", "0.0", "-0.5", "inf", "", "fast"])
+    @pytest.mark.parametrize(("name", "column"), [("networks.csv", "measured_ms"), ("kernels.csv", "ms")])
+    def test_latencies_that_are_none(self, table: Path, name: str, column: str, value: str) -> None:
+        self.rewrite(table / name, 4, column, value)
+        line = refused("fit", *ON_SIMULATED)
+        assert f"{table / name}, line 4: {column} is {value!r}, not a positive number" in line
+
+    def test_a_network_twice(self, table: Path) -> None:
+        path = table / "networks.csv"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:6], lines[4], *lines[6:]]) + "\n")
+        line = refused("fit", *ON_SIMULATED)
+        assert f"{path}, line 7: network" in line
+        assert "is there twice" in line
+
+    def test_a_kernel_twice(self, table: Path) -> None:
+        path = table / "kernels.csv"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:3], lines[2], *lines[3:]]) + "\n")
+        assert f"{path}, line 4: kernel 1 of network" in refused("fit", *ON_SIMULATED)
+
+    def test_a_truncated_table(self, table: Path) -> None:
+        path = table / "kernels.csv"
+        whole = path.read_text()
+        lines = whole.splitlines()
+        path.write_text("\n".join(lines[:-3]) + "\n")
+        assert f"{path}, line {len(lines) - 3}: ends after {len(lines) - 4} of {len(lines) - 1} rows" in refused(
+            "fit", *ON_SIMULATED
+        )
+        path.write_text(whole[:-20])
+        assert f"{path}, line {len(lines)}: " in refused("fit", *ON_SIMULATED)
+
+    def test_a_table_changed_by_hand(self, table: Path) -> None:
+        self.rewrite(table / "networks.csv", 3, "measured_ms", "1.25")
+        assert "changed since it was written (SHA-256 differs)" in refused("fit", *ON_SIMULATED)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"schema": "hwsearch.other"}, "schema is 'hwsearch.other', expected 'hwsearch.latency-table'"),
+            ({"version": 99}, "table version 99, this release reads"),
+            ({"reference_ms": "quick"}, "missing or wrong"),
+            ({"seeds": "none"}, "missing or wrong"),
+        ],
+    )
+    def test_a_table_of_another_schema(self, table: Path, change: dict[str, Any], words: str) -> None:
+        path = table / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        line = refused("fit", *ON_SIMULATED)
+        assert str(path) in line
+        assert words in line
+
+    def test_a_manifest_cut_short(self, table: Path) -> None:
+        path = table / "manifest.json"
+        path.write_text(path.read_text()[:100])
+        assert f"{path}, line " in refused("fit", *ON_SIMULATED)
+
+    def test_a_journal_of_an_older_release(self, table: Path) -> None:
+        path = table / "journal.sqlite"
+        path.unlink()
+        base = sqlite3.connect(path)
+        base.executescript("CREATE TABLE networks (id TEXT, document TEXT)")
+        base.close()
+        line = refused("profile", *ON_SIMULATED, "--minutes", "0.1")
+        assert f"{path} was written by another release of hwsearch" in line
 
 
 CONFIG = """

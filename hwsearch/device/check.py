@@ -340,7 +340,8 @@ def _contention(load: _Load, reasons: list[str], notes: list[str]) -> None:
     if load.stolen is not None and load.stolen > STOLEN_LIMIT:
         notes.append(f"the hypervisor takes {load.stolen:.2f} cores away; a machine of one's own is steadier")
     if load.threads > machine.usable:
-        limit = f"a quota of {machine.quota:g} cores" if machine.quota == machine.usable else f"{machine.usable:g} cores"
-        reasons.append(f"{load.threads} threads on {limit}: they wait for each other; ask for fewer threads")
+        quota = "a quota of " if machine.quota == machine.usable else ""
+        cores = f"{quota}{machine.usable:g} cores"
+        reasons.append(f"{load.threads} threads on {cores}: they wait for each other; ask for fewer threads")
     elif machine.quota is not None and load.threads > 0.8 * machine.quota:
         notes.append(f"a quota of {machine.quota:g} cores for {load.threads} threads: the system may pause them")

@@ -111,8 +111,9 @@ class LayerCost:
             "down": None if stair is None else stair.down, "up": None if stair is None else stair.up,
             "saved_ms": 0.0 if stair is None else stair.saved_ms,
             "kernels": [
-                {"node": k.kernel.node, "op": k.kernel.op, "family": k.kernel.family, "ms": k.ms, "bound": k.parts.bound}
-                for k in self.kernels
+                {"node": k.node, "op": k.op, "family": k.family, "ms": cost.ms, "bound": cost.parts.bound}
+                for cost in self.kernels
+                for k in [cost.kernel]
             ],
         }  # fmt: skip
 

@@ -158,14 +158,14 @@ class Journal:
             schema = self.meta.get("schema")
             if schema is not None and schema != f"{SCHEMA} {VERSION}":
                 raise SchemaError(
-                    f"{self.path} is a {schema!r}, this release reads {SCHEMA} {VERSION}; move it away and profile again"
+                    f"{self.path} is a {schema!r}, this release reads {SCHEMA} {VERSION}; move it away, profile again"
                 )
         # Between releases the columns have changed without the version: look at both.
         different = [table for table, columns in _LAYOUT.items() if found[table] not in ((), columns)]
         if different:
             raise SchemaError(
-                f"{self.path} was written by another release of hwsearch (the columns of its table {different[0]!r} are "
-                f"{', '.join(found[different[0]])}); move it away and profile again"
+                f"{self.path} was written by another release of hwsearch (the columns of its table {different[0]!r} "
+                f"are {', '.join(found[different[0]])}); move it away and profile again"
             )
 
     @contextmanager

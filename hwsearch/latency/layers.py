@@ -95,7 +95,7 @@ def _layer(node: Any, parameters: list[str]) -> str | None:
         return None
     # Exporters that rename parameters keep the module's path in the node's name: /layer1/layer1.0/conv1/Conv.
     path = node.name.strip("/").removesuffix(f"/{node.op_type}")
-    return path or node.output[0]
+    return str(path or node.output[0])
 
 
 def _out_channels(node: Any, shapes: list[tuple[int, ...]]) -> int | None:

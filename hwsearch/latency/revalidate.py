@@ -151,7 +151,7 @@ def _sample(table: LatencyTable, templates: tuple[NetworkTemplate, ...], network
         plan = SamplingPlan(seed=seed, templates=templates)
         # The plan's first places are the campaign's first networks; some hundred are enough to choose from.
         for index in range(min(2 * len(known) + 32, 16 * networks)):
-            if len(places) >= 6 * networks:
+            if len(places) >= min(4 * networks, len(known)):
                 break
             made = plan.network(index).id
             if made in known:
@@ -247,7 +247,7 @@ def _judged(
     if other:
         messages.append(f"{other} of {len(pairs)} networks become other kernels than before")
     if verdict == "holds":
-        messages.insert(0, f"{len(pairs)} networks take {median_ratio:.3f} times what they took, p95 {p95:.1%} around it")
+        messages.insert(0, f"{len(pairs)} networks take {median_ratio:.3f} times what they took; p95 around it {p95:.1%}")
     elif verdict == "shifted":
         messages.append(f"every time is {factor:.3f} times the predicted one: profile again, or correct by that factor")
     else:

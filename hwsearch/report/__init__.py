@@ -61,7 +61,7 @@ def _page(folder: Path, table: Path | None) -> Any:
     if schema == "hwsearch.bundle":
         from hwsearch.report.bundle_page import bundle_page
 
-        return bundle_page(folder)
+        return bundle_page(folder, table or _table_of(str(_manifest(folder / "manifest.json").get("device", ""))))
     if schema == "hwsearch.latency-table":
         from hwsearch.report.table_page import table_page
 
@@ -78,11 +78,15 @@ def _page(folder: Path, table: Path | None) -> Any:
 
 
 def _schema(path: Path) -> str:
+    return str(_manifest(path).get("schema", ""))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return ""
-    return str(found.get("schema", "")) if isinstance(found, dict) else ""
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _table_of(device: str) -> Path | None:

@@ -8,13 +8,15 @@ from pathlib import Path
 from hwsearch.deploy.reader import read_bundle
 from hwsearch.deploy.verdict import Verdict
 from hwsearch.errors import SchemaError
+from hwsearch.report.explain_section import explain_bundle, explain_section
 from hwsearch.report.page import Page, absent, definitions, panel, percent, table, text
 from hwsearch.report.run_data import Row, RunData
 from hwsearch.report.run_page import cards, hero
 
 
-def bundle_page(folder: Path) -> Page:
-    """The page of a bundle; it is read as strictly as ``verify`` reads it.
+def bundle_page(folder: Path, table_folder: Path | None = None) -> Page:
+    """The page of a bundle; it is read as strictly as ``verify`` reads it. ``table_folder`` is where its device's
+    predictor is looked for.
 
     Raises: InputError, SchemaError: something in the bundle is not what its manifest says.
     """
@@ -36,6 +38,7 @@ def bundle_page(folder: Path) -> Page:
     page.add(hero(run))
     page.add(cards(run))
     page.add(_check(verdict, problem))
+    page.add(explain_section(page, explain_bundle(bundle.model, bundle.device, table_folder)))
     shape = " × ".join(map(str, bundle.input_shape))
     pairs: list[tuple[str, object]] = [("folder", folder), ("device", bundle.device), ("input", shape)]
     pairs += [("output", " × ".join(map(str, bundle.cases[0].output.shape))), ("golden cases", len(bundle.cases))]

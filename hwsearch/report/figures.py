@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hwsearch.report.page import ms as as_ms
-from hwsearch.report.run_data import CandidatePoint, Curve, KernelTime, Row
-from hwsearch.report.style import FAMILY_COLOURS, FOUND, FULL, GRID, INK, MUTED, UNIFORM
+from hwsearch.report.run_data import CandidatePoint, Curve, KernelTime, LayerBar, Row, StairLine
+from hwsearch.report.style import BOUND_COLOURS, FAMILY_COLOURS, FOUND, FULL, GRID, INK, MUTED, UNIFORM
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]
@@ -199,6 +199,46 @@ def kernels(row: Row) -> Figure:
         )
     x = {"title": "kernel, in order of execution", "showgrid": False}
     return _figure(data, x, {"title": "predicted ms"}, 340, bargap=0.25, barmode="stack")
+
+
+def layers(found: Sequence[LayerBar]) -> Figure:
+    """Milliseconds of each layer in order of execution, divided by what they are spent on."""
+    places = list(range(len(found)))
+    tell = {"customdata": [[label(bar.name, 120), f"{bar.share * 100:.1f} %", bar.bound] for bar in found]}
+    data = []
+    for kind, colour in BOUND_COLOURS.items():
+        hover = f"%{{customdata[0]}}: {kind} %{{x:.3g}} ms<br>%{{customdata[1]}} of the time in all, bound by "
+        hover += "%{customdata[2]}<extra></extra>"
+        data.append(_bars(kind, places, [bar.parts.get(kind, 0.0) for bar in found], colour, hover, **tell))
+    most = max((sum(bar.parts.values()) for bar in found), default=1.0)
+    style = {"xanchor": "left", "xshift": 6, "showarrow": False, "font": {"size": 12, "color": MUTED}}
+    notes = [
+        {"x": sum(bar.parts.values()), "y": at, "text": f"{bar.share * 100:.0f} %", **style}
+        for at, bar in enumerate(found)
+    ]
+    x = {"title": "predicted ms", "range": [0, most * 1.12]}
+    y = {"tickvals": places, "ticktext": [label(bar.name, 28) for bar in found], **_NAMES_DOWN}
+    narrow = {"yaxis": {"ticktext": [label(bar.name, 14) for bar in found]}, "xaxis": {"range": [0, most * 1.25]}}
+    height = max(80 + 24 * len(found), 180)
+    return _figure(data, x, y, height, narrow=narrow, barmode="stack", bargap=0.3, annotations=notes)
+
+
+def stair(curve: StairLine) -> Figure:
+    """The network's milliseconds over the widths of one group, with where it stands and the edges beside it."""
+    hover = "%{x} channels: %{y:.4g} ms<extra></extra>"
+    data = [_line("", list(curve.widths), list(curve.ms), FOUND, hover=hover)]
+    at = dict(zip(curve.widths, curve.ms, strict=True))
+    for name, width, colour, symbol in (
+        ("next edge down", curve.down, UNIFORM, "diamond"),
+        ("now", curve.width, INK, "circle"),
+        ("wider for nothing", curve.up, "#0f8f7b", "triangle-right"),
+    ):
+        if width in at:
+            words = f"{name}, {width:g}: %{{y:.4g}} ms<extra></extra>"
+            data.append(_points(f"{name}: {width:g}", [width], [at[width]], colour, words, size=11, symbol=symbol))
+    data[0]["showlegend"] = False
+    x = {"title": f"channels of {label(curve.group, 32)}"}
+    return _figure(data, x, {"title": "predicted ms", "rangemode": "tozero"}, 280, narrow_height=250)
 
 
 def curves(found: Sequence[Curve], quantity: str, title: str) -> Figure | None:

@@ -41,6 +41,32 @@ class KernelTime:
 
 
 @dataclass(frozen=True)
+class LayerBar:
+    """One layer of an explanation: its milliseconds by kind (``parts``) and what it is bound by."""
+
+    name: str
+    share: float
+    bound: str
+    parts: dict[str, float]
+    channels: str = ""
+    down: str = ""
+    saved_ms: float | None = None
+    up: str = ""
+
+
+@dataclass(frozen=True)
+class StairLine:
+    """The network's milliseconds over the widths of one group; ``down`` and ``up`` are 0 where there is none."""
+
+    group: str
+    width: float
+    down: float
+    up: float
+    widths: tuple[float, ...]
+    ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """One network of the comparison. ``metric`` is a share of 1 when it is an accuracy."""
 

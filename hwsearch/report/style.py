@@ -23,6 +23,8 @@ FAMILY_COLOURS = {
     "free": "#c6ccd6",
     "other": "#8b96a8",
 }
+#: What a layer's time is spent on.
+BOUND_COLOURS = {"compute": "#0b62c4", "memory": "#e0a526", "overhead": "#8b96a8"}
 
 CSS = """
 :root { --ink: #17202e; --muted: #5d6a7e; --line: #e1e5ec; --page: #f5f6f8; --panel: #fff; --accent: #0b62c4;

@@ -67,8 +67,8 @@ class Journal:
         for name in ("schema", "version"):
             if records[0].get(name) != wanted.get(name):
                 raise SchemaError(
-                    f"{self.path} was written by another release of hwsearch ({name} {short(records[0].get(name))}, this "
-                    f"one writes {short(wanted.get(name))}): delete it to start again, or use another run name"
+                    f"{self.path} was written by another release of hwsearch ({name} {short(records[0].get(name))}, "
+                    f"this one writes {short(wanted.get(name))}): delete it to start again, or use another run name"
                 )
         differs = first_difference(records[0], wanted)
         if differs:

@@ -1,4 +1,4 @@
-"""Explanations: every millisecond has a layer and a kind, edges are those of the predictions, sentences say what is so."""
+"""Explanations: every millisecond has a layer and a kind, edges are the predictions' own, sentences say what is so."""
 
 from __future__ import annotations
 
@@ -216,7 +216,8 @@ def test_weights_behind_quantisation_and_transposed_ones() -> None:
         ],
         {"a.weight": (8, 3, 3, 3), "scale": (1,), "up.weight": (8, 6, 2, 2), "m.weight": (12, 7)},
     )
-    assert found.layers_of([kernel("conv", "a"), kernel("conv_transpose", "up"), kernel("gemm", "m")]) == ["a", "up", "m"]
+    kernels = [kernel("conv", "a"), kernel("conv_transpose", "up"), kernel("gemm", "m")]
+    assert found.layers_of(kernels) == ["a", "up", "m"]
     assert found.channels["up"] == 12
     assert found.channels["m"] == 7
 

@@ -193,3 +193,41 @@ def test_a_journal_that_is_none(tmp_path: Path) -> None:
     base.close()
     with Journal(path) as journal, pytest.raises(SchemaError, match="'x'"):
         journal.measurements()
+
+
+OLD_LAYOUTS = {
+    "a table with other columns": "CREATE TABLE networks (id TEXT PRIMARY KEY, source TEXT, document TEXT)",
+    "the same version, other columns": """
+        CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+        INSERT INTO meta VALUES ('schema', 'hwsearch.journal 1');
+        CREATE TABLE visits (campaign TEXT, place INTEGER, id TEXT, seconds REAL, document TEXT)
+    """,
+    "another meta": "CREATE TABLE meta (key TEXT, value TEXT)",
+}
+
+
+@pytest.mark.parametrize("layout", OLD_LAYOUTS)
+def test_a_journal_of_an_older_layout_is_refused_in_one_line_and_left_alone(tmp_path: Path, layout: str) -> None:
+    path = tmp_path / JOURNAL
+    base = sqlite3.connect(path)
+    base.executescript(OLD_LAYOUTS[layout])
+    tables = base.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
+    base.close()
+    for _ in range(2):  # refusing lets go of the file
+        with pytest.raises(SchemaError, match="written by another release of hwsearch") as caught:
+            Journal(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    base = sqlite3.connect(path)
+    assert base.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall() == tables
+    base.close()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    with Journal(tmp_path / JOURNAL) as journal:
+        journal._base.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(InputError, match=r"cannot write .*full"):
+            journal.skip("campaign", (0, 0), "network", "x" * 100_000)
+        journal._base.execute("PRAGMA max_page_count = 1000000")
+        journal.skip("campaign", (0, 0), "network", "x")
+        assert journal.failed("campaign") == {0}

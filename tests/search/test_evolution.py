@@ -236,6 +236,15 @@ def test_damage_inside_a_journal_is_reported_with_its_line(toy: Any, tmp_path: P
         evolve(space, budget, toy.score, SMALL, journal=path)
 
 
+@pytest.mark.parametrize(("field", "value"), [("schema", "other.losses"), ("version", 0)])
+def test_a_journal_of_another_release_is_refused_in_one_line(tmp_path: Path, field: str, value: Any) -> None:
+    path = tmp_path / "losses.jsonl"
+    Journal(path, {"schema": "hwsearch.losses", "version": 1, "seed": 0} | {field: value}).open()
+    with pytest.raises(SchemaError, match=f"another release of hwsearch \\({field}") as caught:
+        Journal(path, {"schema": "hwsearch.losses", "version": 1, "seed": 0}).open()
+    assert str(path) in str(caught.value)
+
+
 def test_losses_are_read_back_exactly(tmp_path: Path) -> None:
     path = tmp_path / "losses.jsonl"
     values = np.random.default_rng(0).normal(size=50) * 10.0 ** np.arange(-25, 25)
