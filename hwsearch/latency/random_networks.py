@@ -1,4 +1,4 @@
-"""Random small networks to time kernels in: VGG-, ResNet-, MobileNet-, SE-, dense- and branch-like, straight to ONNX.
+"""Random networks to time kernels in: plain, residual, separable, gated, dense, branched ..., straight to ONNX.
 
 A kernel's time depends on what stands around it (layouts, fused tails), so kernels are never timed alone: they are
 timed inside networks that look like those that people run. Networks are written with ``onnx.helper``, which takes
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 OPSET = 18
 _MAX_MACS = 150e6
-_MAX_PARAMETERS = 3_000_000
+#: Most networks are small, which is quick; a few have the many weights of whole networks, which no cache holds.
+_MAX_PARAMETERS, _MANY_PARAMETERS, _MANY = 3_000_000, 15_000_000, 0.08
 
 
 class _Shape:
@@ -37,7 +38,9 @@ class _Writer:
         self.macs = 0
         self.parameters: int = 0
         self._nodes_before = -1
-        self.budget = 3e6 * (120e6 / 3e6) ** rng.random()
+        self.many = bool(rng.random() < _MANY)
+        self.budget = 120e6 if self.many else 3e6 * (120e6 / 3e6) ** rng.random()
+        self.most_parameters = _MANY_PARAMETERS if self.many else _MAX_PARAMETERS
         # One alignment a network: user spaces are aligned or they are not, and layouts depend on the neighbours'
         # widths.
         self.align = int(rng.choice([16, 8, 4, 1], p=[0.25, 0.3, 0.2, 0.25]))
@@ -45,6 +48,8 @@ class _Writer:
 
     def width(self, low: float, high: float) -> int:
         """A channel count, log-uniform in the range, aligned as this network is."""
+        if self.many:
+            low, high = 2 * low, 4 * high
         raw = float(low * (max(high, low) / low) ** self.rng.random())
         align = self.align
         if align > 1 and self.rng.random() < 0.05:
@@ -63,7 +68,7 @@ class _Writer:
     def fits(self, macs: float, parameters: float) -> bool:
         """Whether a layer may be added: networks stay within ten milliseconds or so and a few megabytes."""
         return self.macs + macs <= min(_MAX_MACS, 1.5 * self.budget + 1e6) and (
-            self.parameters + parameters <= _MAX_PARAMETERS
+            self.parameters + parameters <= self.most_parameters
         )
 
     def node(self, op: str, inputs: list[str], **attributes: object) -> str:
@@ -126,6 +131,28 @@ class _Writer:
             return parts[0]
         name = self.node("Concat", [p.name for p in parts], axis=1)
         return _Shape(name, sum(p.channels for p in parts), parts[0].side)
+
+    def split(self, x: _Shape) -> tuple[_Shape, _Shape]:
+        """Both halves of the channels (an even number), in one of the two forms that exporters write."""
+        half = x.channels // 2
+        if self.coin(0.5):
+            self.node("Split", [x.name, self.constant(np.array([half, half], dtype=np.int64))], axis=1)
+            first = self.nodes[-1].output[0]
+            second = f"{first}_b"
+            self.nodes[-1].output.append(second)
+            return _Shape(first, half, x.side), _Shape(second, half, x.side)
+        parts = []
+        for low in (0, half):
+            limits = [self.constant(np.array([v], dtype=np.int64)) for v in (low, low + half, 1)]
+            parts.append(_Shape(self.node("Slice", [x.name, *limits]), half, x.side))
+        return parts[0], parts[1]
+
+    def shuffle(self, x: _Shape, groups: int = 2) -> _Shape:
+        """Channels of the groups interleaved: reshape, transpose, reshape."""
+        apart = self.constant(np.array([1, groups, x.channels // groups, x.side, x.side], dtype=np.int64))
+        together = self.constant(np.array([1, x.channels, x.side, x.side], dtype=np.int64))
+        name = self.node("Transpose", [self.node("Reshape", [x.name, apart])], perm=[0, 2, 1, 3, 4])
+        return _Shape(self.node("Reshape", [name, together]), x.channels, x.side)
 
     def pool(self, x: _Shape) -> _Shape:
         if x.side < 4:
@@ -255,6 +282,66 @@ def _branches(w: _Writer, x: _Shape) -> _Shape:
     return x
 
 
+def _even(channels: int) -> int:
+    return max(2, channels + channels % 2)
+
+
+def _shuffle(w: _Writer, x: _Shape) -> _Shape:
+    """Half of the channels passes by, the other goes through a separable branch; then they are interleaved."""
+    x = w.conv(x, _even(w.width(16, 64)), 3)
+    while w.goes_on(90):
+        if x.side > 6 and w.coin(0.3):
+            half = max(2, w.width(x.channels / 2, 1.2 * x.channels))
+            left = w.conv(w.conv(x, x.channels, 3, 2, groups=x.channels, act=None), half, 1)
+            right = w.conv(w.conv(x, half, 1), half, 3, 2, groups=half, act=None)
+            right = w.conv(right, half, 1)
+            if (left.channels, left.side) != (right.channels, right.side):
+                return x
+            x = w.shuffle(w.concat([left, right]))
+        elif x.channels % 2:
+            return x
+        else:
+            left, right = w.split(x)
+            y = w.conv(w.conv(right, right.channels, 1), right.channels, 3, groups=right.channels, act=None)
+            x = w.shuffle(w.concat([left, w.conv(y, right.channels, 1)]))
+    return x
+
+
+def _cheap(w: _Writer, x: _Shape) -> _Shape:
+    """A few channels by a dense convolution, as many again by a depth-wise one of those, side by side."""
+    x = w.conv(x, w.width(12, 48), 3)
+    while w.goes_on(90):
+        out = w.width(12, 160) if w.coin(0.3) else x.channels
+        y = w.conv(x, w.width(16, 160), 1)
+        y = w.concat([y, w.conv(y, y.channels, 3, groups=y.channels)])
+        if x.side > 6 and w.coin(0.25):
+            y = w.conv(y, y.channels, 3, 2, groups=y.channels, act=None)
+        if w.coin(0.3):
+            y = _squeeze(w, y)
+        z = w.conv(y, max(1, out // 2), 1, act=None)
+        z = w.concat([z, w.conv(z, z.channels, 3, groups=z.channels, act=None)])
+        x = w.add(x, z)
+    return x
+
+
+def _partial(w: _Writer, x: _Shape) -> _Shape:
+    """Residual blocks on a part of the channels; all parts are joined at the end of a stage."""
+    x = w.conv(x, _even(w.width(16, 96)), 3)
+    while w.goes_on(80):
+        if x.side > 6 and w.coin(0.5):
+            x = w.conv(x, _even(w.width(x.channels, 1.6 * x.channels)), 3, 2)
+        if x.channels % 2 == 0 and w.coin(0.5):
+            left, y = w.split(x)
+        else:
+            left, y = w.conv(x, w.width(8, 96), 1), w.conv(x, w.width(8, 96), 1)
+        parts = [left, y]
+        for _ in range(w.rng.integers(1, 4)):
+            y = w.add(y, w.conv(w.conv(y, w.width(8, 96), 1), y.channels, 3))
+            parts.append(y)
+        x = w.conv(w.concat(parts if w.coin(0.5) else [left, y]), _even(w.width(16, 160)), 1)
+    return x
+
+
 #: Families by name. A later source (user models) only adds names; the order is part of the plan.
 FAMILIES: dict[str, Callable[[_Writer, _Shape], _Shape]] = {
     "vgg": _vgg,
@@ -265,8 +352,14 @@ FAMILIES: dict[str, Callable[[_Writer, _Shape], _Shape]] = {
     "dense": _dense,
     "branches": _branches,
     "grouped": _grouped,
+    "shuffle": _shuffle,
+    "cheap": _cheap,
+    "partial": _partial,
 }
-_SHARES = {"vgg": 4, "resnet": 5, "mobile": 6, "se": 3, "separable": 3, "dense": 2, "branches": 2, "grouped": 1}
+_SHARES = {
+    "vgg": 4, "resnet": 5, "mobile": 6, "se": 3, "separable": 3, "dense": 2, "branches": 2, "grouped": 2, "shuffle": 2,
+    "cheap": 2, "partial": 2,
+}  # fmt: skip
 
 
 def random_family(rng: np.random.Generator) -> str:
@@ -289,7 +382,11 @@ def random_network(family: str, rng: np.random.Generator) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     writer = _Writer(rng)
-    if writer.coin(0.45):
+    if writer.many:
+        # The last stages of a large network.
+        side, channels = int(rng.choice([4, 7, 8, 14])), writer.width(96, 192)
+        x = _Shape("input", channels, side)
+    elif writer.coin(0.45):
         # A whole network, image first. Large images only with few channels: they are slow and all alike.
         side = int(rng.choice([28, 32, 48, 56, 64, 96, 112, 224], p=[0.3, 0.22, 0.1, 0.1, 0.12, 0.06, 0.06, 0.04]))
         channels = int(rng.choice([1, 3]))
