@@ -152,7 +152,9 @@ class TestVerbs:
         device = other / "devices" / "simulated.toml"
         device.write_text(device.read_text() + 'version = "1.0.1"\n')
         estimated = ["estimate", RESNET, "--device", str(device), *SHAPE]
-        assert "runtime_version '1.0.1' instead of '1'" in refused(*estimated)
+        line = refused(*estimated)
+        assert "runtime_version '1.0.1' instead of '1'" in line
+        assert "device revalidate --accept" in line
         done = hwsearch("device", "revalidate", str(device), "--accept", "--json")
         assert done.returncode == 0, done.stderr
         facts = json.loads(done.stdout)

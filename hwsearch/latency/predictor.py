@@ -395,9 +395,13 @@ def _refuse_other(path: Path, made_for: Fingerprint, now: Fingerprint | None) ->
     if now is None:
         return
     pairs = [(name, getattr(made_for, name), getattr(now, name)) for name in BINDING]
-    different = [f"{name} {theirs!r} instead of {mine!r}" for name, mine, theirs in pairs if mine != theirs]
-    if different:
-        raise InputError(f"{path}: made for another device: this one has {'; '.join(different)}; profile and fit again")
+    changed = [(name, mine, theirs) for name, mine, theirs in pairs if mine != theirs]
+    if changed:
+        different = "; ".join(f"{name} {theirs!r} instead of {mine!r}" for name, mine, theirs in changed)
+        remedy = "profile and fit again"
+        if [name for name, _, _ in changed] == ["runtime_version"]:
+            remedy = f"`hwsearch device revalidate --accept` tells whether it holds all the same, or {remedy}"
+        raise InputError(f"{path}: made for another device: this one has {different}; {remedy}")
 
 
 def _files(folder: Path, listed: dict[str, str]) -> dict[str, bytes]:

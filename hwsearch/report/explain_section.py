@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from hwsearch.errors import HwsearchError
 from hwsearch.report import figures
 from hwsearch.report.page import Page, absent, details, halves, ms, panel, percent, table, text
-from hwsearch.report.run_data import LayerBar, StairLine
+from hwsearch.report.run_data import LayerBar, RunData, StairLine
 from hwsearch.report.style import BOUND_COLOURS
-from hwsearch.report.values import items, mapping, number, positive, read_json, word
+from hwsearch.report.values import items, mapping, number, positive, word
 from hwsearch.search.journal import write_atomic
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ def explain_section(page: Page, explanation: dict[str, Any] | str) -> str:
     return panel(_TITLE, note, listed, bars, *_stairs(page, found), whole)
 
 
-def read_explanation(folder: Path) -> dict[str, Any] | None:
-    """What a run's pipeline wrote, or None where it is missing, damaged or of another release."""
-    problems: list[str] = []
-    found = mapping(read_json(folder / FILE, problems))
-    return found if found.get("schema") == SCHEMA and found.get("version") == VERSION else None
+def of_run(run: RunData) -> dict[str, Any] | str:
+    """What the pipeline wrote into a run's ``explain.json``; a line where that is missing or of another release."""
+    if run.explanation.get("schema") == SCHEMA and run.explanation.get("version") == VERSION:
+        return run.explanation
+    command = f"hwsearch estimate {run.folder} --device {run.device or 'NAME'} --explain"
+    return f"This run has no {FILE} that this release reads; {command} tells."
 
 
 def write_explanation(folder: Path, explanation: Explanation) -> Path:

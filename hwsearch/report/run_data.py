@@ -10,6 +10,7 @@ Files and fields that are looked at::
     events.jsonl            anything with a step or epoch and a loss or metric; or history: [[step, loss], ...]
     state/*/checkpoint.safetensors      the training history in its header
     bundle/manifest.json, bundle/verdict.json
+    explain.json            layers, stairs and reasons of an explanation
     config.json             settings
 """
 
@@ -125,6 +126,7 @@ class RunData:
     manifest: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
+    explanation: dict[str, Any] = field(default_factory=dict)
     seconds: tuple[tuple[str, float], ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -188,6 +190,7 @@ def read_run(folder: Path) -> RunData:
         manifest=manifest,
         settings=settings,
         result=result,
+        explanation=mapping(read_json(folder / "explain.json", problems)),
         seconds=tuple(_seconds(events)),
         problems=tuple(problems),
     )

@@ -8,7 +8,7 @@ from typing import Any
 from hwsearch.deploy.verdict import Verdict
 from hwsearch.report import figures
 from hwsearch.report.card_section import card_section
-from hwsearch.report.explain_section import explain_section, read_explanation
+from hwsearch.report.explain_section import explain_section, of_run
 from hwsearch.report.page import (
     Page,
     absent,
@@ -39,16 +39,11 @@ def run_page(run: RunData, table_folder: Path | None) -> Page:
     page.add(front(page, run))
     page.add(f'<div class="split">{widths(page, run)}{families(page, run)}</div>')
     page.add(kernels(page, run))
-    page.add(explain_section(page, read_explanation(run.folder) or _unexplained(run)))
+    page.add(explain_section(page, of_run(run)))
     page.add(card_section(page, table_folder))
     page.add(training(page, run))
     page.add(provenance(run))
     return page
-
-
-def _unexplained(run: RunData) -> str:
-    command = f"hwsearch estimate {run.folder} --device {run.device or 'NAME'} --explain"
-    return f"This run has no explain.json; {command} tells."
 
 
 def judged(run: RunData) -> tuple[str, str]:

@@ -89,6 +89,27 @@ def test_a_bundle_page_before_and_after_verification(bundle: Bundle, tmp_path: P
     (bundle.folder / "verdict.json").unlink()
 
 
+def test_a_bundle_is_explained_where_its_predictor_is_at_hand(
+    bundle: Bundle, home: Path, tmp_path: Path
+) -> None:
+    from hwsearch.latency.predictor import LatencyPredictor
+    from hwsearch.latency.profile import profile
+
+    assert "No predictor of simulated is at hand" in report(bundle.folder, tmp_path / "without.html").read_text()
+    device = Device.load("simulated")
+    table = profile(device, minutes=60, networks=24)
+    LatencyPredictor(rounds=5, folds=2).fit(table).save(device.table_folder / "predictor")
+    page = report(bundle.folder, tmp_path / "with.html").read_text()
+    assert "Why it is not faster" in page
+    assert "An ONNX file has no width space: no stair edges." in page
+    assert page.count('class="figure"') == 1
+    manifest = device.table_folder / "predictor" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"runtime_version": "1"', '"runtime_version": "0"'))
+    again = report(bundle.folder, tmp_path / "other.html").read_text()
+    assert "Its time cannot be taken apart here" in again
+    assert "runtime_version" in again
+
+
 def test_a_changed_bundle_has_no_page(bundle: Bundle, tmp_path: Path) -> None:
     import shutil
 

@@ -17,7 +17,7 @@ from hwsearch.errors import InputError
 from hwsearch.report import report
 
 DAMAGE = ["", "{", "[]", "null", "3", '{"rows": 3}', '{"limits": [[]], "candidates": {}}', "[[[]]]"]
-FILES = ["result.json", "summary.json", "config.json", "bundle/manifest.json", "bundle/verdict.json"]
+FILES = ["result.json", "summary.json", "config.json", "explain.json", "bundle/manifest.json", "bundle/verdict.json"]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 LOADS = {"src", "href", "srcset", "data", "action", "poster", "formaction", "background", "xlink:href"}
 
@@ -94,10 +94,10 @@ def test_a_whole_run_shows_its_answer_and_every_section(run_folder: Path) -> Non
         "1.45 ms measured, inside the 1.50 ms budget", "96.5 % of the budget is used", "2.0 times as fast",
         "0.65 points less accuracy (91.13 %)", "raw median 1.48 ms", "Comparison", "Candidates of the search", "Widths",
         "Where the time goes", "Kernel by kernel", "How good the prediction is", "Training", "Provenance", "AMD EPYC",
-        "14.2 M", "310 k", "outputs agree",
+        "14.2 M", "310 k", "outputs agree", "Why it is not faster", "28 would save 0.12 ms (8 %)",
     ):  # fmt: skip
         assert words in outline.text, words
-    assert len(figures(page)) == 6
+    assert len(figures(page)) == 11
     assert outline.text.index("budget") < outline.text.index("Comparison")
 
 
@@ -130,7 +130,7 @@ def poisoned(value: Any, keep: set[str]) -> Any:
         return {k if k in keep else f"{k}{HOSTILE}"[:150]: poisoned(v, keep) for k, v in value.items()} | named
     if isinstance(value, list):
         return [poisoned(item, keep) for item in value]
-    stays = ("hwsearch.verdict", "hwsearch.bundle", "pass")
+    stays = ("hwsearch.verdict", "hwsearch.bundle", "hwsearch.explanation", "pass")
     return value + HOSTILE if isinstance(value, str) and value not in stays else value
 
 
@@ -175,6 +175,7 @@ def all_strings(value: Any) -> list[str]:
         ("bundle/verdict.json", "Not verified"),
         ("bundle/manifest.json", "Provenance"),
         ("config.json", "Provenance"),
+        ("explain.json", "hwsearch estimate"),
     ],
 )
 def test_a_section_without_its_data_says_so(missing: str, line: str, run_folder: Path) -> None:
@@ -198,7 +199,7 @@ def test_a_damaged_file_is_left_out_and_named(name: str, content: str, run_folde
 def test_values_of_other_kinds_are_left_out(run_folder: Path) -> None:
     """Every number of the files becomes each of these once."""
     for bad in (None, "many", [], {}, True, -1, 1e400, float("nan")):
-        for name in ("result.json", "summary.json", "bundle/manifest.json"):
+        for name in ("result.json", "summary.json", "bundle/manifest.json", "explain.json"):
             original = (run_folder / name).read_text()
 
             def spoil(value: Any, bad: Any = bad) -> Any:
@@ -304,6 +305,34 @@ def test_a_browser_draws_every_figure(run_folder: Path, tmp_path: Path) -> None:
     assert f'data-drawn="{expected}"' in done.stdout
     assert done.stdout.count('class="main-svg"') >= expected
     assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+
+
+def test_why_it_is_not_faster(run_folder: Path) -> None:
+    page, outline = read(report(run_folder))
+    drawn = [figure for figure in figures(page).values() if {t.get("name") for t in figure["data"]} >= {"compute"}]
+    assert len(drawn) == 1
+    assert [trace["name"] for trace in drawn[0]["data"]] == ["compute", "memory", "overhead"]
+    stem = [trace["x"][0] for trace in drawn[0]["data"]]
+    assert stem == pytest.approx([0.012, 0.004, 0.004])
+    titles = [figure["layout"]["xaxis"]["title"]["text"] for figure in figures(page).values()]
+    # The groups whose width moves the time most, the most first.
+    assert [title for title in titles if title.startswith("channels of")] == [
+        "channels of head.fc", "channels of stages.2.1.conv2", "channels of stages.2.1.conv1",
+        "channels of stages.2.0.conv2",
+    ]  # fmt: skip
+    fc = next(f for f in figures(page).values() if f["layout"]["xaxis"]["title"]["text"] == "channels of head.fc")
+    names = [trace["name"] for trace in fc["data"][1:]]
+    assert names == ["next edge down: 248", "now: 254", "wider for nothing: 256"]
+    assert "30 as 32" in outline.text
+
+
+def test_an_explanation_without_stairs_says_why(run_folder: Path) -> None:
+    change(run_folder / "explain.json", lambda found: found.update(stairs=[], note="no width space: no stair edges"))
+    page, outline = read(report(run_folder))
+    assert "No width space: no stair edges." in outline.text
+    assert len(figures(page)) == 7
+    change(run_folder / "explain.json", lambda found: found.update(version=2))
+    assert "has no explain.json that this release reads" in read(report(run_folder))[1].text
 
 
 def test_files_as_a_run_writes_them(run_folder: Path) -> None:
