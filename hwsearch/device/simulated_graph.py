@@ -176,6 +176,7 @@ def _layouts(steps: list[_Step], shapes: Mapping[str, tuple[int, ...]], block: i
                 out_channels=padded(channels) if to_blocked else channels,
                 out_height=height,
                 out_width=width,
+                source=(name,),
             )
         )
 

@@ -7,7 +7,7 @@ nothing is guessed: each new choice is sliced from the template, optimised by th
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hwsearch.device.session import DeviceSession, open_session
@@ -39,7 +39,7 @@ class Lowering:
         self.template = template
         self.session = session
         self._known: dict[tuple[int, ...], tuple[Kernel, ...]] = {}
-        self._shared: dict[Kernel, Kernel] = {}
+        self._shared: dict[tuple[tuple[str, ...], Kernel], Kernel] = {}
 
     @classmethod
     def of(cls, space: WidthSpace, device: str) -> Lowering:
@@ -67,16 +67,46 @@ class Lowering:
             DeviceJobError: the runtime rejects a candidate; its widths are named.
         """
         new = [choice for choice in dict.fromkeys(choices) if choice.widths not in self._known]
-        for start in range(0, len(new), BATCH):
-            part = new[start : start + BATCH]
-            networks = [self.template.slice(choice) for choice in part]
-            names = [f"widths {choice.widths}" for choice in part]
-            for choice, kernels in zip(part, self.session.lower(networks, names), strict=True):
-                # Most kernels of a space recur; one object each keeps thousands of candidates small.
-                self._known[choice.widths] = tuple(self._shared.setdefault(k, k) for k in kernels)
+        for choice, kernels in zip(new, self._ask(new, self.template.slice), strict=True):
+            # Most kernels of a space recur; one object each keeps thousands of candidates small.
+            self._known[choice.widths] = tuple(self._shared.setdefault((k.source, k), k) for k in kernels)
         return [self._known[choice.widths] for choice in choices]
+
+    def lower(self, choices: Sequence[WidthChoice]) -> list[tuple[Kernel, ...]]:
+        """As ``kernels``, but nothing is remembered, and every kernel says which layer it came from.
+
+        A runtime stores equal tensors once, under one name: the zero biases of an untrained network would make one
+        layer look like another. So the networks that are lowered here have biases that are all different.
+        """
+        return self._ask(choices, lambda choice: with_distinct_biases(self.template.slice(choice)))
+
+    def _ask(
+        self, choices: Sequence[WidthChoice], network: Callable[[WidthChoice], bytes]
+    ) -> list[tuple[Kernel, ...]]:
+        found: list[tuple[Kernel, ...]] = []
+        for start in range(0, len(choices), BATCH):
+            part = choices[start : start + BATCH]
+            names = [f"widths {choice.widths}" for choice in part]
+            found += self.session.lower([network(choice) for choice in part], names)
+        return found
 
     @property
     def lowered(self) -> int:
         """Distinct choices lowered so far."""
         return len(self._known)
+
+
+def with_distinct_biases(network: bytes) -> bytes:
+    """A network of the same shapes whose one-dimensional float32 weights all have values of their own."""
+    import numpy as np
+    import onnx
+
+    proto = onnx.ModelProto()
+    proto.ParseFromString(network)
+    start = 1
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 1:
+            values = np.arange(start, start + tensor.dims[0], dtype=np.float32)
+            start += len(values)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    return bytes(proto.SerializeToString())
