@@ -107,16 +107,15 @@ def explain_model(
     told: Told | None = None,
 ) -> Explanation:
     """Explain a model: with the stair edges of its width space where it has one, else with a line that says why not."""
-    from hwsearch.latency.explain import explain, explain_choice
+    from hwsearch.latency.explain import explain, explain_choice, named_kernels
     from hwsearch.latency.lowering import Lowering
     from hwsearch.latency.network import NetworkLatency
 
-    if argument.module is None:
-        return explain(onnx, kernels, predictor, note="an ONNX file has no width space: no stair edges")
     try:
         template, choice = _space_of(argument)
     except (InputError, UnsupportedModelError) as error:
-        return explain(onnx, kernels, predictor, note=f"no stair edges: {error}")
+        note = f"no stair edges: {error}"
+        return explain(onnx, named_kernels(onnx, kernels, session), predictor, note=note)
     latency = NetworkLatency(template.space, predictor, Lowering(template, session))
     return explain_choice(latency, choice, template.slice(choice), told=told)
 
@@ -126,21 +125,29 @@ def _space_of(argument: ModelArgument) -> tuple[OnnxTemplate, WidthChoice]:
 
     A shrunk network in a model folder stands below the full widths of its factory, so that wider ones can be looked at
     too; any other model is its own full width.
+
+    Raises:
+        InputError, UnsupportedModelError: it has no width space; the message says why.
     """
     from hwsearch.graph.onnx_build import OnnxTemplate
     from hwsearch.graph.widths import WidthChoice, WidthSpace
     from hwsearch.reparam.fold import fold
 
-    module, example = argument.full_module(), argument.example_input
+    if argument.module is None:
+        raise InputError("an ONNX file has no width space")
+    module, example, widths = argument.full_module(), argument.example_input, argument.widths
     space = WidthSpace.from_model(module, example)
-    widths = argument.widths
     names = [group.name for group in space.groups]
-    choice = WidthChoice(tuple(widths[name] for name in names)) if set(names) == set(widths) else None
-    if choice is None and argument.widths:
+    if not widths:
+        choice = space.full()
+    elif set(names) == set(widths):
+        choice = WidthChoice(tuple(widths[name] for name in names))
+    else:
         # The folder's groups are not those of this release: explain the network as it stands.
         module = argument.need_module()
         space = WidthSpace.from_model(module, example)
-    return OnnxTemplate(space, fold(module, example, require=False), example), choice or space.full()
+        choice = space.full()
+    return OnnxTemplate(space, fold(module, example, require=False), example), choice
 
 
 def show_explanation(console: Console, title: str, found: Explanation) -> None:

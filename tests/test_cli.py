@@ -110,7 +110,7 @@ class TestVerbs:
         assert "down to" in text
         answer("fold", RESNET, *SHAPE, "--output", "explained.onnx")
         bare = answer("estimate", "explained.onnx", *ON_SIMULATED, "--explain")["explanation"]
-        assert (bare["stairs"], bare["note"]) == ([], "an ONNX file has no width space: no stair edges")
+        assert (bare["stairs"], bare["note"]) == ([], "no stair edges: an ONNX file has no width space")
         assert [(x["name"], x["bound"]) for x in bare["layers"]] == [(x["name"], x["bound"]) for x in why["layers"]]
 
     def test_a_found_network_is_explained_in_its_full_space(self, at_home: Path) -> None:

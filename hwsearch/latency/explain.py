@@ -22,11 +22,13 @@ import numpy as np
 from hwsearch.graph.kernel import Kernel
 from hwsearch.latency.features import TERMS, cost_terms
 from hwsearch.latency.layers import LayerNames
+from hwsearch.latency.lowering import with_distinct_biases
 from hwsearch.latency.predictor import LatencyPredictor, NetworkEstimate
 from hwsearch.latency.reasons import reasons
 from hwsearch.latency.stairs import StairCurve, curves
 
 if TYPE_CHECKING:
+    from hwsearch.device.session import DeviceSession
     from hwsearch.graph.widths import WidthChoice
     from hwsearch.latency.network import NetworkLatency
 
@@ -157,7 +159,7 @@ def explain(onnx: bytes, kernels: Sequence[Kernel], predictor: LatencyPredictor,
 
     Args:
         onnx: the network as exported: its layers' names and true channel counts.
-        kernels: what the device makes of it.
+        kernels: what the device makes of it, from ``named_kernels``.
         predictor: of that device.
         note: why there are no stair edges.
 
@@ -189,10 +191,27 @@ def explain_choice(
         >>> found.reasons[0]                                                                # doctest: +SKIP
         'layer2.conv1: 66 channels run as 72: 64 would save 0.12 ms (18 %)'
     """
-    kernels = latency.kernels(choice)
+    kernels, lowering = latency.kernels(choice), latency.lowering
+    if lowering is not None:  # else the kernels come from a stored template, which knows the layers
+        kernels = named_kernels(onnx, kernels, lowering.session)
     found = latency.estimate(choice)
     parts = kernel_parts(kernels, found, latency.predictor, latency.factor)
     return _explanation(onnx, kernels, found, parts, curves(latency, choice, told=told), "")
+
+
+def named_kernels(onnx: bytes, kernels: Sequence[Kernel], session: DeviceSession) -> tuple[Kernel, ...]:
+    """The kernels of a network with the layers that they came from.
+
+    A runtime stores equal tensors once, under one name, so the zero biases of an untrained network make one layer look
+    like another. Here they are told apart; should that change the kernels themselves, the given ones stay.
+
+    Args:
+        onnx: the network.
+        kernels: what the device makes of it.
+        session: an open session on the device.
+    """
+    named = session.lower([with_distinct_biases(onnx)])[0]
+    return named if named == tuple(kernels) else tuple(kernels)
 
 
 def kind_of(term: str) -> str:

@@ -68,7 +68,7 @@ def explain_bundle(model: bytes, device_name: str, table_folder: Path | None) ->
     """Explain an ONNX network on a device by its name; a line where device or predictor are not at hand."""
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
-    from hwsearch.latency.explain import explain
+    from hwsearch.latency.explain import explain, named_kernels
     from hwsearch.latency.predictor import LatencyPredictor
 
     if table_folder is None or not (table_folder / "predictor" / "manifest.json").is_file():
@@ -77,8 +77,8 @@ def explain_bundle(model: bytes, device_name: str, table_folder: Path | None) ->
         device = Device.load(device_name)
         with open_session(device) as session:
             predictor = LatencyPredictor.load(table_folder / "predictor", session.fingerprint)
-            kernels = session.lower([model])[0]
-        return explain(model, kernels, predictor, note="an ONNX file has no width space: no stair edges").to_dict()
+            kernels = named_kernels(model, session.lower([model])[0], session)
+        return explain(model, kernels, predictor, note="no stair edges: an ONNX file has no width space").to_dict()
     except HwsearchError as error:
         return f"Its time cannot be taken apart here: {error}"
 

@@ -14,7 +14,17 @@ from hwsearch.errors import InputError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.graph.onnx_build import OnnxTemplate
 from hwsearch.graph.widths import WidthChoice, WidthGroup, WidthSpace
-from hwsearch.latency.explain import BOUNDS, Explanation, KernelCost, LayerCost, Parts, explain, explain_choice, kind_of
+from hwsearch.latency.explain import (
+    BOUNDS,
+    Explanation,
+    KernelCost,
+    LayerCost,
+    Parts,
+    explain,
+    explain_choice,
+    kind_of,
+    named_kernels,
+)
 from hwsearch.latency.features import TERMS
 from hwsearch.latency.layers import LayerNames
 from hwsearch.latency.lowering import Lowering
@@ -220,6 +230,24 @@ def test_weights_behind_quantisation_and_transposed_ones() -> None:
     assert found.layers_of(kernels) == ["a", "up", "m"]
     assert found.channels["up"] == 12
     assert found.channels["m"] == 7
+
+
+def test_layers_are_found_in_a_real_runtimes_own_graph() -> None:
+    """Nothing is timed: the graph is optimised, and its fused, renamed nodes are led back to the model's layers."""
+    from hwsearch.device.session import open_session
+    from hwsearch.device.spec import Device
+    from hwsearch.model_argument import load_model_argument
+
+    onnx = load_model_argument("hwsearch.models.resnet:resnet_small", (1, 1, 28, 28)).to_onnx()
+    with open_session(Device("here", "onnxruntime", options={"spinning": 0})) as session:
+        plain = session.lower([onnx])[0]
+        named = named_kernels(onnx, plain, session)
+    assert named == plain
+    found = LayerNames.of(onnx)
+    assert found.channels["stages.1.0.shortcut.0"] == 32
+    weighted = [(layer, k) for layer, k in zip(found.layers_of(named), named, strict=True) if k.weight_elements]
+    assert sorted(layer for layer, _ in weighted) == sorted(found.channels), "each layer has its own kernel"
+    assert all(k.out_channels >= found.channels[layer] for layer, k in weighted)
 
 
 # ---------------------------------------------------------------- sentences

@@ -101,7 +101,7 @@ def test_a_bundle_is_explained_where_its_predictor_is_at_hand(
     LatencyPredictor(rounds=5, folds=2).fit(table).save(device.table_folder / "predictor")
     page = report(bundle.folder, tmp_path / "with.html").read_text()
     assert "Why it is not faster" in page
-    assert "An ONNX file has no width space: no stair edges." in page
+    assert "No stair edges: an ONNX file has no width space." in page
     assert page.count('class="figure"') == 1
     manifest = device.table_folder / "predictor" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"runtime_version": "1"', '"runtime_version": "0"'))
