@@ -1,0 +1,1 @@
+"""The unseen networks: published families, written here from their papers' tables, that no predictor is fitted on."""
