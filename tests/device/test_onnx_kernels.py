@@ -40,7 +40,7 @@ def last(build: Build, *shape: int) -> Kernel:
         ("global_pool", lambda g: g.node("GlobalAveragePool", "input", "x")),
         ("global_pool", lambda g: g.node("ReduceMean", "input", "x", axes=[2, 3], keepdims=1)),
         ("global_pool", lambda g: g.node("ReduceMean", "input", "x", axes=[-1, -2], keepdims=0)),
-        ("other", lambda g: g.node("ReduceMean", "input", "x", axes=[1])),
+        ("reduce", lambda g: g.node("ReduceMean", "input", "x", axes=[1])),
         ("elementwise", lambda g: g.node("Relu", "input", "x")),
         ("elementwise", lambda g: g.node("Mul", ["input", "input"], "x")),
         ("concat", lambda g: g.node("Concat", ["input", "input", "input"], "x", axis=1)),
@@ -50,7 +50,7 @@ def last(build: Build, *shape: int) -> Kernel:
         ("free", lambda g: g.node("Squeeze", ["input", g.constant("to", [0])], "x")),
         ("move", lambda g: g.node("Transpose", "input", "x", perm=[0, 2, 3, 1])),
         ("move", lambda g: g.node("Pad", ["input", g.constant("to", [0, 0, 1, 1, 0, 0, 1, 1])], "x")),
-        ("other", lambda g: g.node("Softmax", "input", "x")),
+        ("norm", lambda g: g.node("Softmax", "input", "x")),
         ("other", lambda g: g.node("NobodyKnows", "input", "x", domain="com.microsoft")),
     ],
 )
@@ -134,7 +134,7 @@ def test_channels_last_reorders() -> None:
     graph.node("Softmax", "o", "s")
     _, reorder, softmax = kernels_of(graph.bytes())
     assert (reorder.out_channels, reorder.out_height, reorder.out_width) == (12, 4, 5)
-    assert (softmax.in_channels, softmax.in_height, softmax.in_width) == (4, 5, 12)
+    assert (softmax.in_channels, softmax.in_height) == (12, 4 * 5)  # rows of 12 values
 
 
 def test_linear_layers_and_matrix_products() -> None:
@@ -155,11 +155,12 @@ def test_linear_layers_and_matrix_products() -> None:
 def test_a_transposed_batch_as_attention_has_it() -> None:
     def build(graph: Graph) -> None:
         graph.node("Transpose", "input", "t", perm=[1, 2, 3, 0])
-        graph.node("FusedMatMul", ["input", "t"], "m", domain="com.microsoft", transBatchA=1)
-        graph.node("Softmax", "m", "x")
+        graph.node("FusedMatMul", ["input", "t"], "x", domain="com.microsoft", transBatchA=1)
 
     kernel = last(build, 16, 2, 4, 8)  # (rows, batch, heads, inner)
-    assert (kernel.batch, kernel.in_channels, kernel.in_height, kernel.in_width) == (2, 4, 16, 16)
+    assert (kernel.batch, kernel.in_channels, kernel.in_height, kernel.out_channels) == (2 * 4, 8, 16, 16)
+    assert kernel.macs == 2 * 4 * 16 * 16 * 8
+    assert kernel.memory_bytes == 4 * 2 * 4 * (16 * 8 + 8 * 16 + 16 * 16)  # both operands are activations
 
 
 def test_broadcasting_counts_only_tensors_of_full_size() -> None:
