@@ -247,7 +247,8 @@ def _judged(
     if other:
         messages.append(f"{other} of {len(pairs)} networks become other kernels than before")
     if verdict == "holds":
-        messages.insert(0, f"{len(pairs)} networks take {median_ratio:.3f} times what they took; p95 around it {p95:.1%}")
+        words = f"{len(pairs)} networks take {median_ratio:.3f} times what they took, {p95:.1%} around it (p95)"
+        messages.insert(0, words)
     elif verdict == "shifted":
         messages.append(f"every time is {factor:.3f} times the predicted one: profile again, or correct by that factor")
     else:

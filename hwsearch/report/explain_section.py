@@ -7,6 +7,7 @@ device and its predictor are at hand; that times nothing.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def explain_bundle(model: bytes, device_name: str, table_folder: Path | None) ->
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
     from hwsearch.latency.explain import explain, named_kernels
-    from hwsearch.latency.predictor import LatencyPredictor
+    from hwsearch.latency.predictor import LatencyPredictor, OutOfRangeWarning
 
     if table_folder is None or not (table_folder / "predictor" / "manifest.json").is_file():
         return f"No predictor of {device_name or 'its device'} is at hand, so its time cannot be taken apart here."
@@ -78,7 +79,10 @@ def explain_bundle(model: bytes, device_name: str, table_folder: Path | None) ->
         with open_session(device) as session:
             predictor = LatencyPredictor.load(table_folder / "predictor", session.fingerprint)
             kernels = named_kernels(model, session.lower([model])[0], session)
-        return explain(model, kernels, predictor, note="no stair edges: an ONNX file has no width space").to_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OutOfRangeWarning)
+            note = "no stair edges: an ONNX file has no width space"
+            return explain(model, kernels, predictor, note=note).to_dict()
     except HwsearchError as error:
         return f"Its time cannot be taken apart here: {error}"
 
@@ -93,8 +97,9 @@ def _bar(entry: dict[str, Any]) -> LayerBar | None:
     if channels is not None and runs_as is not None and runs_as > channels:
         shown += f" as {runs_as:g}"
     down, up = positive(entry.get("down")), positive(entry.get("up"))
+    bound = word(entry.get("bound"))
     return LayerBar(
-        name, share, word(entry.get("bound"), "?"), parts, shown,
+        name, share, bound if bound in BOUND_COLOURS else "?", parts, shown,
         "" if down is None else f"{down:g}", number(entry.get("saved_ms")), "" if up is None else f"{up:g}",
     )  # fmt: skip
 
@@ -116,7 +121,8 @@ def _stairs(page: Page, found: dict[str, Any]) -> list[str]:
         return [absent(note[:1].upper() + note[1:] + ".")] if (note := word(found.get("note"))) else []
     chosen = sorted(lines, key=lambda line: min(line.ms) - max(line.ms))[:_CURVES]
     drawn = [page.figure(figures.stair(line), f"Predicted ms over the channels of {line.group}") for line in chosen]
-    lead = "The whole network's predicted milliseconds over the width of one group, the others fixed."
+    lead = "The whole network's predicted milliseconds over the width of one group, the others as they are: where it "
+    lead += "stands, the next edge down, and the widest width that costs no more."
     return [f'<p class="note">{text(lead)}</p>', *(halves(*drawn[at : at + 2]) for at in range(0, len(drawn), 2))]
 
 

@@ -229,16 +229,16 @@ def stair(curve: StairLine) -> Figure:
     data = [_line("", list(curve.widths), list(curve.ms), FOUND, hover=hover)]
     at = dict(zip(curve.widths, curve.ms, strict=True))
     for name, width, colour, symbol in (
-        ("next edge down", curve.down, UNIFORM, "diamond"),
+        ("down to", curve.down, UNIFORM, "diamond"),
         ("now", curve.width, INK, "circle"),
-        ("wider for nothing", curve.up, "#0f8f7b", "triangle-right"),
+        ("free up to", curve.up, "#0f8f7b", "triangle-right"),
     ):
         if width in at:
-            words = f"{name}, {width:g}: %{{y:.4g}} ms<extra></extra>"
-            data.append(_points(f"{name}: {width:g}", [width], [at[width]], colour, words, size=11, symbol=symbol))
+            words = f"{name} {width:g}: %{{y:.4g}} ms<extra></extra>"
+            data.append(_points(f"{name} {width:g}", [width], [at[width]], colour, words, size=11, symbol=symbol))
     data[0]["showlegend"] = False
     x = {"title": f"channels of {label(curve.group, 32)}"}
-    return _figure(data, x, {"title": "predicted ms", "rangemode": "tozero"}, 280, narrow_height=250)
+    return _figure(data, x, {"title": "predicted ms", "rangemode": "tozero"}, 280, narrow_height=270)
 
 
 def curves(found: Sequence[Curve], quantity: str, title: str) -> Figure | None:

@@ -322,7 +322,7 @@ def test_why_it_is_not_faster(run_folder: Path) -> None:
     ]  # fmt: skip
     fc = next(f for f in figures(page).values() if f["layout"]["xaxis"]["title"]["text"] == "channels of head.fc")
     names = [trace["name"] for trace in fc["data"][1:]]
-    assert names == ["next edge down: 248", "now: 254", "wider for nothing: 256"]
+    assert names == ["down to 248", "now 254", "free up to 256"]
     assert "30 as 32" in outline.text
 
 
@@ -374,7 +374,7 @@ def test_the_predictors_card(run_folder: Path, tmp_path: Path, made_card: Callab
         assert "Mean error 6.1 % on networks that the predictor had not seen" in outline.text
         assert "counting MACs instead is off by 31.8 %" in outline.text
         assert "repeats a measurement to 4.3 %" in outline.text
-        assert len(figures(page)) == 8
+        assert len(figures(page)) == 13
         assert any(trace["type"] == kind for trace in figures(page)["figure-5"]["data"])
     for bad in ('{"unseen": {"mape": "low"}, "by_family": [], "points": [[1], 3]}', "[", '{"unseen": []}'):
         (table / "predictor/card.json").write_text(bad)
