@@ -1,7 +1,8 @@
-"""One small campaign on the simulated device, shared by all tests of this package."""
+"""One small campaign on the simulated device, shared by all tests of this package; helpers are imported by name."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from hwsearch.device.spec import Device
 from hwsearch.latency.predictor import LatencyPredictor
 from hwsearch.latency.profile import profile
 from hwsearch.latency.table import LatencyTable
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 QUICK = {"rounds": 25, "folds": 3}
 

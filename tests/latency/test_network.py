@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hwsearch.graph.kernel import Kernel
 from hwsearch.graph.onnx_build import OnnxTemplate
 from hwsearch.graph.widths import WidthChoice, WidthSpace
 from hwsearch.latency.lowering import Lowering
+from hwsearch.latency.lowering_template import Check, stored_path
 from hwsearch.latency.network import NetworkLatency
 
 
@@ -20,7 +22,7 @@ class CountingSession:
     """A session that counts what it is asked."""
 
     def __init__(self, session: Any) -> None:
-        self.session, self.device, self.asked = session, session.device, 0
+        self.session, self.device, self.fingerprint, self.asked = session, session.device, session.fingerprint, 0
 
     def lower(self, networks: Sequence[bytes], names: Sequence[str]) -> list[tuple[Kernel, ...]]:
         self.asked += len(networks)
@@ -44,13 +46,15 @@ def template() -> Iterator[OnnxTemplate]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def latency(campaign: Any, template: OnnxTemplate) -> NetworkLatency:
+@pytest.fixture(params=["look-up", "lowering each"])
+def latency(campaign: Any, template: OnnxTemplate, request: Any) -> NetworkLatency:
     session = CountingSession(campaign.session)
-    return NetworkLatency(template.space, campaign.predictor, Lowering(template, session))  # type: ignore[arg-type]
+    lowering = Lowering(template, session)  # type: ignore[arg-type]
+    return NetworkLatency(template.space, campaign.predictor, lowering, lower_each=request.param == "lowering each")
 
 
 def asked(latency: NetworkLatency) -> int:
+    assert latency.lowering is not None
     return latency.lowering.session.asked  # type: ignore[attr-defined, no-any-return]
 
 
@@ -85,6 +89,7 @@ def test_a_prediction_is_near_the_measurement(latency: NetworkLatency, campaign:
     assert latency.evaluate(latency.space.choice_array(choices)) == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize("latency", ["lowering each"], indirect=True)
 def test_nothing_is_asked_twice(latency: NetworkLatency) -> None:
     space, rng = latency.space, np.random.default_rng(1)
     array = space.choice_array([space.sample(rng) for _ in range(5)])
@@ -95,6 +100,55 @@ def test_nothing_is_asked_twice(latency: NetworkLatency) -> None:
     latency.corrected(2.0).evaluate(array)
     assert asked(latency) == 5
     assert latency.evaluate(np.zeros((0, len(space.groups)), dtype=np.int64)).shape == (0,)
+
+
+def test_a_template_is_learnt_once_and_kept_beside_the_table(campaign: Any, template: OnnxTemplate) -> None:
+    def fresh() -> NetworkLatency:
+        session = CountingSession(campaign.session)
+        return NetworkLatency(template.space, campaign.predictor, Lowering(template, session))  # type: ignore[arg-type]
+
+    space, rng = template.space, np.random.default_rng(5)
+    array = space.choice_array([space.sample(rng) for _ in range(20)])
+    first = fresh().prepare()
+    path = stored_path(campaign.device.table_folder, space, campaign.session.fingerprint)
+    assert path.exists()
+    stored = path.read_bytes()
+    again = fresh()
+    assert (again.evaluate(array) == first.evaluate(array)).all()
+    assert asked(again) == 0, "the second time it is read"
+    assert again.template == first.template
+    path.unlink()
+    assert (fresh().evaluate(array) == first.evaluate(array)).all(), "made again it is the same"
+    assert path.read_bytes() == stored
+    told: list[str] = []
+    path.unlink()
+    fresh().prepare(lambda done, most, words: told.append(words))
+    assert told
+
+
+def test_the_look_up_is_what_lowering_gives(campaign: Any, template: OnnxTemplate) -> None:
+    lowering = Lowering(template, campaign.session)
+    table = NetworkLatency(template.space, campaign.predictor, lowering)
+    each = NetworkLatency(template.space, campaign.predictor, lowering, lower_each=True)
+    assert table.by_look_up
+    assert not each.by_look_up
+    rng = np.random.default_rng(6)
+    array = template.space.choice_array([template.space.sample(rng) for _ in range(60)])
+    assert table.evaluate(array) == pytest.approx(each.evaluate(array), rel=1e-9)
+    assert table.coverage(array) == pytest.approx(each.coverage(array), rel=1e-9)
+
+
+def test_a_template_that_does_not_hold_is_not_used(campaign: Any, template: OnnxTemplate) -> None:
+    lowering = Lowering(template, campaign.session)
+    good = NetworkLatency(template.space, campaign.predictor, lowering).template
+    assert good is not None
+    bad = replace(good, check=Check(choices=100, wrong=4, worst=0.1, asked=300), slots=good.slots[:1])
+    latency = NetworkLatency(template.space, campaign.predictor, lowering, template=bad)
+    assert latency.template is None
+    assert latency.table is None
+    each = NetworkLatency(template.space, campaign.predictor, lowering, lower_each=True)
+    array = template.space.choice_array([template.space.full()])
+    assert latency.evaluate(array) == each.evaluate(array)
 
 
 def test_batches_are_cut_and_kept_in_order(campaign: Any, template: OnnxTemplate) -> None:
