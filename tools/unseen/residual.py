@@ -208,7 +208,8 @@ class _ChannelNorm(nn.LayerNorm):
     """Layer normalisation over the channels of ``(N, C, H, W)``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        normed: Tensor = super().forward(input.permute(0, 2, 3, 1))
+        return normed.permute(0, 3, 1, 2)
 
 
 class _ConvNeXtBlock(nn.Module):
@@ -220,7 +221,7 @@ class _ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((channels,), 0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.scale * self.mlp(self.norm(self.mix(x).permute(0, 2, 3, 1)))
+        y: Tensor = self.scale * self.mlp(self.norm(self.mix(x).permute(0, 2, 3, 1)))
         return x + y.permute(0, 3, 1, 2)
 
 
