@@ -19,7 +19,7 @@ from hwsearch.graph.kernel import Kernel
 from hwsearch.latency.visits import Network, Visit
 
 SCHEMA = "hwsearch.journal"
-VERSION = 1
+VERSION = 2
 
 _TABLES = """
 BEGIN IMMEDIATE;
@@ -158,7 +158,8 @@ class Journal:
             schema = self.meta.get("schema")
             if schema is not None and schema != f"{SCHEMA} {VERSION}":
                 raise SchemaError(
-                    f"{self.path} is a {schema!r}, this release reads {SCHEMA} {VERSION}; move it away, profile again"
+                    f"{self.path} was written by another release of hwsearch ({schema!r}, this one writes "
+                    f"{f'{SCHEMA} {VERSION}'!r}); move it away and profile again"
                 )
         # Between releases the columns have changed without the version: look at both.
         different = [table for table, columns in _LAYOUT.items() if found[table] not in ((), columns)]

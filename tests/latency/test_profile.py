@@ -17,7 +17,7 @@ import pytest
 from hwsearch.device.session import open_session
 from hwsearch.device.spec import Device
 from hwsearch.errors import InputError, NoisyDeviceError, SchemaError
-from hwsearch.latency.journal import Journal
+from hwsearch.latency.journal import SCHEMA, VERSION, Journal
 from hwsearch.latency.profile import JOURNAL, profile
 from hwsearch.latency.table import LatencyTable
 
@@ -197,9 +197,13 @@ def test_a_journal_that_is_none(tmp_path: Path) -> None:
 
 OLD_LAYOUTS = {
     "a table with other columns": "CREATE TABLE networks (id TEXT PRIMARY KEY, source TEXT, document TEXT)",
-    "the same version, other columns": """
+    "another version": """
         CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-        INSERT INTO meta VALUES ('schema', 'hwsearch.journal 1');
+        INSERT INTO meta VALUES ('schema', 'hwsearch.journal 0')
+    """,
+    "the same version, other columns": f"""
+        CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+        INSERT INTO meta VALUES ('schema', '{SCHEMA} {VERSION}');
         CREATE TABLE visits (campaign TEXT, place INTEGER, id TEXT, seconds REAL, document TEXT)
     """,
     "another meta": "CREATE TABLE meta (key TEXT, value TEXT)",

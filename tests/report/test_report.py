@@ -375,7 +375,7 @@ def test_the_predictors_card(run_folder: Path, tmp_path: Path, made_card: Callab
         assert "counting MACs instead is off by 31.8 %" in outline.text
         assert "repeats a measurement to 4.3 %" in outline.text
         assert len(figures(page)) == 13
-        assert any(trace["type"] == kind for trace in figures(page)["figure-5"]["data"])
+        assert any(trace["type"] == kind for trace in figures(page)["figure-10"]["data"])
     for bad in ('{"unseen": {"mape": "low"}, "by_family": [], "points": [[1], 3]}', "[", '{"unseen": []}'):
         (table / "predictor/card.json").write_text(bad)
         (table / "predictor/manifest.json").write_text('{"log_errors": [1, "x", null]}')
