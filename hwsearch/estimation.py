@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hwsearch.console import Console
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hwsearch.graph.onnx_build import OnnxTemplate
     from hwsearch.graph.widths import WidthChoice
     from hwsearch.latency.explain import Explanation
+    from hwsearch.latency.memory import Memory
     from hwsearch.latency.predictor import LatencyPredictor, NetworkEstimate
     from hwsearch.latency.stairs import StairCurve
 
@@ -32,6 +33,7 @@ class Estimate:
     device: str
     kernels: tuple[Kernel, ...]
     found: NetworkEstimate
+    memory: Memory
     explanation: Explanation | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,6 +47,7 @@ class Estimate:
             "p90_ms": self.found.p90_ms,
             "coverage": self.found.coverage,
             "unknown": list(self.found.unknown),
+            "memory": {**asdict(self.memory), "total_bytes": self.memory.total_bytes},
             "kernels": [
                 {"node": _node(kernel), "family": kernel.family, "ms": ms}
                 for kernel, ms in zip(self.kernels, self.found.kernel_ms, strict=True)
@@ -69,6 +72,12 @@ class Estimate:
             f"predicted {found.ms:.4g} ms (90 % interval {found.low_ms:.4g} to {found.high_ms:.4g}), "
             f"single runs within {found.p90_ms:.4g} ms in 90 %, coverage {100 * found.coverage:.1f} %"
         )
+        memory = self.memory
+        console.show(
+            f"peak memory {memory.total_bytes / 2**20:.3g} MiB: activations "
+            f"{memory.peak_activation_bytes / 2**20:.3g} (most at {memory.node}), input {memory.input_bytes / 2**20:.3g}, "
+            f"weights {memory.weight_bytes / 2**20:.3g}"
+        )
 
 
 def estimate(
@@ -86,6 +95,7 @@ def estimate(
         UnsupportedModelError: the model cannot be exported.
         DeviceJobError: the runtime rejects it.
     """
+    from hwsearch.latency.memory import peak_memory
     from hwsearch.latency.predictor import OutOfRangeWarning
 
     onnx = argument.to_onnx()
@@ -95,7 +105,9 @@ def estimate(
         warnings.simplefilter("ignore", OutOfRangeWarning)
         found = predictor.network(kernels)
         explanation = explain_model(argument, onnx, kernels, session, predictor, told) if why else None
-    return Estimate(argument.spec, device.name, kernels, found, explanation)
+    # A pretended runtime plans no buffers: there the file is read as it stands.
+    graph = onnx if device.simulated else session.optimise([onnx], [argument.spec])[0]
+    return Estimate(argument.spec, device.name, kernels, found, peak_memory(graph), explanation)
 
 
 def explain_model(

@@ -91,6 +91,12 @@ class TestVerbs:
         measured = answer("measure", RESNET, *ON_SIMULATED, *SHAPE)
         assert estimated["low_ms"] <= estimated["predicted_ms"] <= estimated["high_ms"]
         assert estimated["coverage"] == pytest.approx(1.0)
+        assert estimated["p90_ms"] >= estimated["predicted_ms"]
+        memory = estimated["memory"]
+        parts = memory["peak_activation_bytes"] + memory["input_bytes"] + memory["weight_bytes"]
+        assert memory["total_bytes"] == parts
+        assert memory["input_bytes"] == 4 * 28 * 28
+        assert "peak memory" in hwsearch("estimate", RESNET, *ON_SIMULATED, *SHAPE).stdout
         assert estimated["predicted_ms"] == pytest.approx(measured["measured_ms"], rel=0.25)
 
     def test_an_estimate_explains_itself(self, at_home: Path) -> None:

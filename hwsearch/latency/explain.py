@@ -180,7 +180,7 @@ def explain_choice(
         latency: predicts the space's networks on the device.
         choice: the network.
         onnx: the network of that choice.
-        told: progress of the curves: (groups done, groups, name).
+        told: progress: (done, of, what), first of learning the space's lowering where that is new, then of the curves.
 
     Raises:
         InputError: the choice does not belong to the space.
@@ -191,6 +191,7 @@ def explain_choice(
         >>> found.reasons[0]                                                                # doctest: +SKIP
         'layer2.conv1: 66 channels run as 72: 64 would save 0.12 ms (18 %)'
     """
+    latency.prepare(told)
     kernels, lowering = latency.kernels(choice), latency.lowering
     if lowering is not None:  # else the kernels come from a stored template, which knows the layers
         kernels = named_kernels(onnx, kernels, lowering.session)
