@@ -21,7 +21,11 @@ _MAX_DIMENSION = 1 << 20
 
 @dataclass(frozen=True)
 class ModelArgument:
-    """A model as the user named it. An ONNX file has no ``module``; its bytes, input pinned, are in ``onnx``."""
+    """A model as the user named it. An ONNX file has no ``module``; its bytes, inputs pinned, are in ``onnx``.
+
+    Attributes:
+        input_shape: of the input, batch included; of the first one where an ONNX file has several.
+    """
 
     spec: str
     input_shape: tuple[int, ...]
@@ -100,9 +104,31 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def parse_inputs(text: str) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """The value of ``--input``: one shape, or ``name=shape`` for each input, joined by commas.
+
+    Raises:
+        InputError: the text is neither.
+
+    Example:
+        >>> parse_inputs("1x3x224x224"), parse_inputs("image=1x3x8x8,ids=1x12")
+        ((1, 3, 224, 224), {'image': (1, 3, 8, 8), 'ids': (1, 12)})
+    """
+    if "=" not in text:
+        return parse_shape(text)
+    found: dict[str, tuple[int, ...]] = {}
+    for part in text.split(","):
+        # a name may hold colons and slashes, and even a sign of equality
+        name, _, shape = part.rpartition("=")
+        if not name.strip() or name.strip() in found:
+            raise InputError(f"the input {part!r} in --input {text!r}: give name=shape once for each, joined by commas")
+        found[name.strip()] = parse_shape(shape)
+    return found
+
+
 def load_model_argument(
     spec: str,
-    input_shape: tuple[int, ...] | None = None,
+    input_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
     allow_factory: str | None = None,
@@ -111,7 +137,8 @@ def load_model_argument(
 
     Args:
         spec: see the module.
-        input_shape: of one inference, batch included; a folder and an ONNX file of fixed shape bring their own.
+        input_shape: of one inference, batch included; a folder and an ONNX file of fixed shape bring their own. By
+            name for an ONNX file with several inputs.
         kwargs: arguments of a factory.
         allow_factory: the factory that a model folder names, where it is not one of hwsearch's own: loading runs it.
 
@@ -123,6 +150,8 @@ def load_model_argument(
     if path.suffix == ".onnx" or (path.is_file() and ":" not in spec):
         onnx, shape = _pinned_onnx(path, input_shape)
         return ModelArgument(spec, shape, onnx=onnx)
+    if isinstance(input_shape, Mapping):
+        raise InputError(f"{spec} is no ONNX file and has one input: give its shape alone, such as --input 1x3x224x224")
     if path.is_dir():
         return _from_folder(path, input_shape, allow_factory)
     if ":" not in spec:
@@ -162,9 +191,13 @@ def _from_folder(folder: Path, input_shape: tuple[int, ...] | None, allow_factor
     )
 
 
-def _pinned_onnx(path: Path, input_shape: tuple[int, ...] | None) -> tuple[bytes, tuple[int, ...]]:
-    """The file with a fixed input shape, and that shape. Dynamic sizes are pinned by ``input_shape``."""
+def _pinned_onnx(
+    path: Path, input_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
+) -> tuple[bytes, tuple[int, ...]]:
+    """The file with fixed input shapes, and the first of them."""
     import onnx
+
+    from hwsearch.graph.onnx_pinning import ANY, pin_inputs
 
     try:
         proto = onnx.load(path)
@@ -174,28 +207,9 @@ def _pinned_onnx(path: Path, input_shape: tuple[int, ...] | None) -> tuple[bytes
     except Exception as error:  # the parser and the checker have no common exception type
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is not a usable ONNX file: {reason}; export the model again") from error
-    constants = {initializer.name for initializer in proto.graph.initializer}
-    inputs = [value for value in proto.graph.input if value.name not in constants]
-    if len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs) or "none"
-        raise InputError(f"{path} has {len(inputs)} inputs ({names}); hwsearch takes networks with exactly one")
-    tensor = inputs[0].type.tensor_type
-    if tensor.elem_type != onnx.TensorProto.FLOAT:
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
-        raise InputError(f"the input {inputs[0].name} of {path} is {kind}; hwsearch takes float32 inputs")
-    shape = []
-    for at, dimension in enumerate(tensor.shape.dim):
-        wanted = input_shape[at] if input_shape is not None and at < len(input_shape) else None
-        fixed = dimension.dim_value if dimension.HasField("dim_value") and dimension.dim_value > 0 else None
-        if fixed is None and wanted is None:
-            raise InputError(f"the input of {path} has a dynamic size (axis {at}): add --input, such as 1x3x224x224")
-        if fixed is not None and wanted is not None and wanted != fixed:
-            raise InputError(f"{path} takes size {fixed} on axis {at}, --input says {wanted}; give the shape it takes")
-        shape.append(int(fixed if fixed is not None else wanted or 0))
-        dimension.dim_value = shape[-1]
-    if input_shape is not None and len(input_shape) != len(shape):
-        raise InputError(f"{path} takes {len(shape)} axes ({_text(shape)}), --input has {len(input_shape)}")
-    return proto.SerializeToString(), tuple(shape)
+    shapes = input_shape if isinstance(input_shape, Mapping) else {} if input_shape is None else {ANY: input_shape}
+    pinned = pin_inputs(proto, shapes, str(path))
+    return proto.SerializeToString(), next(iter(pinned.values()), ())
 
 
 def _text(shape: tuple[int, ...] | list[int]) -> str:

@@ -139,6 +139,7 @@ class _Plan:
         self.free: list[str] = []  # roots, the one that became free last comes first
         self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
+        self.read: set[str] = set()  # buffers are given back after a reader; without one they stay to the end
 
     def run(self, step: int, node: Any) -> None:
         """Give the node's outputs their buffers, then let go what nobody reads any more."""
@@ -150,12 +151,15 @@ class _Plan:
                     self.first[name] = step
                 else:
                     self.uses[root] += self.uses[name]
-        for name in [*node.input, *_from_outside(node), *node.output]:
+        readers = len(node.input) + len(outside := _from_outside(node))
+        for place, name in enumerate([*node.input, *outside, *node.output]):
             root = self.root.get(name, "")
             if not root:
                 continue
             self.uses[root] -= 1
             self.last[root] = step
+            if place < readers:
+                self.read.add(root)
             if not self.uses[root] and root not in self.lasting:
                 self.free.insert(0, root)
 
@@ -202,8 +206,9 @@ def _peak(graph: Any, lasting: set[str], sizes: _Sizes) -> tuple[int, int]:
     for root, first in plan.first.items():
         size = _bytes(sizes.get(root, ((), 0.0)))
         change[first] += size
-        # what the network gives back stays
-        change[len(inside) if root in plan.results else plan.last.get(root, first) + 1] -= size
+        # what the network gives back stays, and so does what nobody reads
+        stays = root in plan.results or root not in plan.read
+        change[len(inside) if stays else plan.last[root] + 1] -= size
     best, at, now = 0, 0, 0
     for step, more in enumerate(inside):
         now += change[step]
