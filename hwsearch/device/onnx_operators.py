@@ -99,13 +99,13 @@ def _quantising(node: Node, tensors: Tensors) -> Described:
 def _cast(node: Node, tensors: Tensors) -> Described:
     from hwsearch.device.onnx_shapes import dtype_name
 
-    tensors.learn(node)  # a cast size is still a size
+    tensors.calculate(node)  # a cast size is still a size
     return Described("elementwise", _main(node, tensors), dtype_out=dtype_name(node.number("to", 1)))
 
 
 def _elementwise(node: Node, tensors: Tensors, operands: Iterable[int] | None = None) -> Described:
     """Broadcasting; ``inputs`` counts tensors of the full size, since scalars and weights cost nothing to read."""
-    tensors.learn(node)
+    tensors.calculate(node)
     names = [name for name in (node.inputs if operands is None else map(node.input, operands)) if name]
     shapes = [tensors.shape(name) for name in names]
     out = broadcast(shapes)
@@ -176,7 +176,7 @@ def _reduce(node: Node, tensors: Tensors) -> Described:
     places = sorted(axis % len(main) for axis in axes) if main else []
     full = tuple(1 if axis in places else size for axis, size in enumerate(main))
     kept = tuple(size for axis, size in enumerate(main) if axis not in places)
-    tensors.learn(node)
+    tensors.calculate(node)
     layout = tensors.layout(node.input(0))
     spatial = [1, 2] if layout == "nhwc" else [2, 3]
     mean = len(main) == 4 and places == spatial
@@ -230,7 +230,7 @@ def _concat(node: Node, tensors: Tensors) -> Described:
     quantised = node.op == "QLinearConcat"
     places = list(range(2, len(node.inputs), 3)) if quantised else list(range(len(node.inputs)))
     shapes = [tensors.shape(node.input(place)) for place in places]
-    tensors.learn(node)
+    tensors.calculate(node)
     axis = node.number("axis", 1)
     joined = list(shapes[0])
     if joined and all(len(shape) == len(joined) for shape in shapes):
@@ -266,7 +266,7 @@ def _transpose(node: Node, tensors: Tensors) -> Described:
     """Its output is plain, unless it hands an 8-bit image to operators that want the channels last."""
     main = _main(node, tensors)
     order = node.numbers("perm") or list(reversed(range(len(main))))
-    tensors.learn(node)
+    tensors.calculate(node)
     out = tuple(main[axis] for axis in order) if len(order) == len(main) else main
     wanted = node.outputs[0] in tensors.channels_last
     before = tensors.layout(node.input(0))
@@ -277,10 +277,9 @@ def _transpose(node: Node, tensors: Tensors) -> Described:
 
 
 def _free(node: Node, tensors: Tensors) -> Described:
-    """A view: how the axes were called before or after makes no difference."""
     main = _main(node, tensors)
     out = tensors.inferred(node, main)
-    return Described("free", out, {"in_shape": out}, "nchw")
+    return Described("free", out, layout="nchw")
 
 
 def _resize(node: Node, tensors: Tensors) -> Described:

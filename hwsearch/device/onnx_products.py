@@ -89,7 +89,6 @@ def _conv(node: Node, tensors: Tensors) -> Described:
 def _gemm(node: Node, tensors: Tensors) -> Described:
     second = node.input(_GEMM[node.op])
     one, two = tensors.shape(node.input(0)), tensors.shape(second)
-    tensors.learn(node)
     if not one or not two:
         return Described("other", tensors.inferred(node, one))
     one, two = _turned(one, node, "A"), _turned(two, node, "B")

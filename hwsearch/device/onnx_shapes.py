@@ -188,7 +188,7 @@ class Tensors:
 
     def learn(self, node: Node) -> str:
         """Whatever inference, arithmetic or the file itself tells of a node's outputs; what is missing, or ""."""
-        self._calculate(node)
+        self.calculate(node)
         reason = self._infer(node)
         for name in node.outputs:
             declared = self.declared.get(name)
@@ -196,12 +196,7 @@ class Tensors:
                 self.shapes[name] = declared
         return reason
 
-    def _constant(self, name: str, tensor: Any) -> None:
-        self.constants[name] = tensor
-        self.shapes[name] = tuple(tensor.dims)
-        self.dtypes[name] = dtype_name(tensor.data_type)
-
-    def _calculate(self, node: Node) -> None:
+    def calculate(self, node: Node) -> None:
         """Make a node's output a constant where it is one: Constant nodes, and small sums made of shapes."""
         to_tensor = self._onnx.numpy_helper.from_array
         if node.op == "Constant" and node.standard:
@@ -226,6 +221,11 @@ class Tensors:
             found = self._evaluate(node, names)
             if found is not None and found.size <= _SMALL:
                 self._constant(node.outputs[0], to_tensor(found))
+
+    def _constant(self, name: str, tensor: Any) -> None:
+        self.constants[name] = tensor
+        self.shapes[name] = tuple(tensor.dims)
+        self.dtypes[name] = dtype_name(tensor.data_type)
 
     def _evaluate(self, node: Node, names: Sequence[str]) -> np.ndarray | None:
         """A node's value by ONNX's reference, or None where the reference refuses."""

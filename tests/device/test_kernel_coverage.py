@@ -64,6 +64,7 @@ def check(network: bytes, folder: Path) -> Reader:
     return reader
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.MODULES)
 def test_todays_exporter(name: str, tmp_path: Path) -> None:
     reader = check(zoo.dynamo(name), tmp_path)
