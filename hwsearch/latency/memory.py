@@ -1,6 +1,6 @@
 """``peak_memory``: how many bytes a network needs while it runs, from the graph that the runtime really executes.
 
-ONNX Runtime plans its buffers once, from the static shapes, for one node after the other: an operator that may writes
+ONNX Runtime plans its buffers once, from the static shapes, for one node after the other: an operator may write
 over an input that nobody reads again, a view shares its input's buffer, and a buffer that became free is taken again by
 the next tensor of exactly the same shape and element size (a dead buffer that waits for such a tensor stays allocated).
 This module makes the same plan. Which operators write in place was asked of the CPU provider of version 1.31 itself.
@@ -147,6 +147,8 @@ class _Plan:
             if name:
                 root = name if name in self.results else self._shared(node, place) or self._dead(name) or name
                 self.root[name] = root
+                if name in self.lasting:
+                    continue
                 if root == name:
                     self.first[name] = step
                 else:
@@ -198,6 +200,8 @@ def _peak(graph: Any, lasting: set[str], sizes: _Sizes) -> tuple[int, int]:
         parts = []
         for body in _bodies(node):
             own = known | {value.name for value in [*body.input, *body.initializer]}
+            if node.op_type == "If":
+                own |= {value.name for value in body.output}  # written straight into the node's own outputs
             parts.append(_peak(body, own, sizes)[0])
         inside.append(max(parts, default=0))
     if not inside:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hwsearch.device.onnx_kernels import Reader
 from hwsearch.errors import DeviceJobError
+from hwsearch.latency import random_quantised
 from hwsearch.latency.memory import peak_memory
 from hwsearch.latency.random_networks import FAMILIES, random_network
 
@@ -120,7 +121,7 @@ def test_a_body_counts_where_it_runs() -> None:
     )  # fmt: skip
     found = peak_memory(data)
     assert found.node == "003_If"
-    assert found.peak_activation_bytes >= 4 * 25 * (6 + 20 + 3)
+    assert found.peak_activation_bytes == 4 * 25 * (6 + 20 + 3) + 1  # the condition is one byte
 
 
 def reference(data: bytes) -> int:
@@ -173,6 +174,13 @@ def test_the_plan_is_the_runtimes_own(family: str, tmp_path: Path) -> None:
     for seed in range(4):
         optimised, wanted = books(random_network(family, np.random.default_rng(seed)), tmp_path)
         assert peak_memory(optimised).peak_activation_bytes == wanted, (family, seed)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("family", random_quantised.FAMILIES)
+def test_eight_bits_too(family: str, tmp_path: Path) -> None:
+    optimised, wanted = books(random_quantised.random_network(family, np.random.default_rng(5)), tmp_path)
+    assert peak_memory(optimised).peak_activation_bytes == wanted
 
 
 def test_bytes_that_are_no_graph_are_refused() -> None:
