@@ -31,13 +31,16 @@ def reasons(found: Explanation) -> tuple[str, ...]:
 
 
 def _stair(found: Explanation) -> str:
-    """The group that is farthest beyond an edge: where dropping few channels saves much more than their part."""
+    """The group that is farthest beyond an edge: where dropping few channels saves much more than their part.
+
+    Their part is that of every layer which makes or reads them: all of those have less to do.
+    """
     best, waste = None, _STAIR * found.ms
     for stair in found.stairs:
         if stair.down is None:
             continue
-        own_ms = sum(layer.ms for layer in found.layers if layer.name in stair.layers)
-        extra = stair.saved_ms - own_ms * (stair.width - stair.down) / stair.width
+        part_ms = sum(layer.ms for layer in found.layers if layer.name in (stair.touched or stair.layers))
+        extra = stair.saved_ms - part_ms * (stair.width - stair.down) / stair.width
         if extra > waste:
             best, waste = stair, extra
     return "" if best is None else _stair_words(found, best)

@@ -33,7 +33,8 @@ class StairCurve:
     """The network's milliseconds over the widths of one group, the other groups as they are.
 
     Attributes:
-        group: its name; ``layers``: the layers it touches, in execution order.
+        group: its name.
+        layers: those whose output has this group's channels, in execution order; ``touched``: those that read it too.
         width, units: as it is now, and at most.
         widths: the widths looked at, ascending; ``width`` is one of them.
         ms: predicted milliseconds of the whole network at each of them.
@@ -45,6 +46,7 @@ class StairCurve:
     units: int
     widths: tuple[int, ...]
     ms: tuple[float, ...]
+    touched: tuple[str, ...] = ()
 
     @property
     def now_ms(self) -> float:
@@ -84,7 +86,8 @@ class StairCurve:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "group": self.group, "layers": list(self.layers), "width": self.width, "units": self.units,
+            "group": self.group, "layers": list(self.layers), "touched": list(self.touched),
+            "width": self.width, "units": self.units,
             "down": self.down, "saved_ms": self.saved_ms, "up": self.up, "edges": list(self.edges),
             "widths": list(self.widths), "ms": list(self.ms),
         }  # fmt: skip
@@ -115,16 +118,16 @@ def curves(
         ms = latency.evaluate(rows)
         found.append(
             StairCurve(
-                group.name, own_layers(latency.space, group), choice.widths[at], group.units, widths,
-                tuple(map(float, ms)),
+                group.name, layers_of(latency.space, group), choice.widths[at], group.units, widths,
+                tuple(map(float, ms)), layers_of(latency.space, group, readers=True),
             )
         )  # fmt: skip
     return tuple(found)
 
 
-def own_layers(space: WidthSpace, group: WidthGroup) -> tuple[str, ...]:
-    """The layers whose output has this group's channels, in execution order (not those that only read it)."""
-    made = {slot.parameter for slot in group.slots if not slot.reads}
+def layers_of(space: WidthSpace, group: WidthGroup, *, readers: bool = False) -> tuple[str, ...]:
+    """The layers whose output has this group's channels, in execution order; with ``readers`` those that read it too."""
+    made = {slot.parameter for slot in group.slots if readers or not slot.reads}
     weights = [layer.weight for layer in space.network.layers if layer.macs and layer.weight in made]
     # Named by the parameter's owner, as ONNX files name them.
     return tuple(dict.fromkeys(str(weight).rpartition(".")[0] for weight in weights))

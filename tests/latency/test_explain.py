@@ -90,6 +90,7 @@ def test_the_stair_below_66_is_found_and_named(found: Explanation, latency: Netw
     stair = layer.stair
     assert stair is not None
     assert stair.layers == ("2",)
+    assert stair.touched == ("2", "4")
     assert stair.width == 66
     assert stair.down in (64, 65)
     assert stair.up is None, "66 is the full width"
@@ -297,6 +298,8 @@ def test_a_network_of_pure_arithmetic_is_told_so() -> None:
 def test_a_proportional_saving_is_no_stair() -> None:
     curve = StairCurve("g", ("a",), 64, 64, (32, 64), (7.5, 10.0))
     assert reasons(whole(layer("a", 5.0), layer("b", 5.0), stairs=(curve,)))[0].startswith("100 % of the time is arith")
+    both = replace(curve, ms=(5.0, 10.0), touched=("a", "b"))
+    assert reasons(whole(layer("a", 5.0), layer("b", 5.0), stairs=(both,)))[0].startswith("100 % of the time is arith")
     steep = replace(curve, widths=(60, 64), ms=(7.5, 10.0), layers=("a", "b"))
     (text, *_) = reasons(whole(layer("a", 5.0), layer("b", 5.0), stairs=(steep,)))
     assert text == "a (and 1 layer tied to it): 64 channels: 60 would save 2.5 ms (25 %)"
