@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def bench_help(folder: Path, repeats: int) -> Iterator[tuple[str, int, Callable[
     for repeat in range(repeats):
         for how in ("random", "chosen"):
             for device in TARGETS:
-                yield f"{how}/{device}", repeat, lambda d=device, h=how, r=repeat: one(d, h, r)
+                yield f"{how}/{device}", repeat, partial(one, device, how, repeat)
 
 
 # ---------------------------------------------------------------- convolutions on GPUs
@@ -211,13 +212,17 @@ def bench_neusight(folder: Path, repeats: int) -> Iterator[tuple[str, int, Calla
             found |= {"drift_ms": fitted.drift.slope_ms}
         return found
 
-    cases = [("shape only", None, False, False), ("drift", None, True, False), ("drift, others", None, True, True),
-             ("others", None, False, True)]  # fmt: skip
-    for count in (100, 300, 1000):
-        cases += [(f"drift, n={count}", count, True, False), (f"drift, others, n={count}", count, True, True)]
-    for repeat in range(repeats):
-        for case, samples, drift, further in cases:
-            yield case, repeat, lambda n=samples, d=drift, o=further, r=repeat: one(n, d, o, r)
+    alone = [("shape only", None, False, False), ("drift", None, True, False)]
+    helped = [("drift, others", None, True, True), ("others", None, False, True)]
+    few = [
+        (f"drift{', others' if further else ''}, n={count}", count, True, further)
+        for count in (100, 300, 1000)
+        for further in (False, True)
+    ]
+    for cases in (alone, helped, few):
+        for repeat in range(repeats):
+            for case, samples, drift, further in cases:
+                yield case, repeat, partial(one, samples, drift, further, repeat)
 
 
 def _errors(name: str, predicted: np.ndarray, measured: np.ndarray) -> Metrics:
@@ -237,7 +242,7 @@ def bench_networks(repeats: int) -> Iterator[tuple[str, int, Callable[[], Metric
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
     from hwsearch.latency.predictor import LatencyPredictor
-    from hwsearch.latency.profile import profile
+    from hwsearch.latency.profile import current_check, profile
     from hwsearch.latency.sample import SamplingPlan
     from hwsearch.latency.transfer import choose_networks, lower_plan, time_networks, transfer
 
@@ -250,7 +255,9 @@ def bench_networks(repeats: int) -> Iterator[tuple[str, int, Callable[[], Metric
             source = LatencyPredictor().fit(profile(known, minutes=60, networks=240, session=session))
         with open_session(new) as session:
             lowered = lower_plan(session, SamplingPlan(seed=5), 300)
-            truth = time_networks(session, [n for n, _ in lowered], reference_ms=1.0, noise_floor=0.01)
+            check = current_check(new, session, lambda text: None)
+            networks = [network for network, _ in lowered]
+            truth = time_networks(session, networks, reference_ms=check.reference_ms, noise_floor=check.noise_floor)
     timed = {n.id: n for n in truth.networks}
     order = np.random.default_rng(0).permutation(len(lowered))
     held, pool = [lowered[i] for i in order[:100]], [lowered[i] for i in order[100:]]
@@ -276,7 +283,7 @@ def bench_networks(repeats: int) -> Iterator[tuple[str, int, Callable[[], Metric
             for chosen in (True, False):
                 for how in ("transfer", "scratch"):
                     case = f"{how}, {'chosen' if chosen else 'random'}, k={count:02d}"
-                    yield case, repeat, lambda h=how, c=chosen, k=count, r=repeat: one(h, c, k, r)
+                    yield case, repeat, partial(one, how, chosen, count, repeat)
 
 
 # ---------------------------------------------------------------- rows, report

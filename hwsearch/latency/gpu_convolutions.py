@@ -27,13 +27,13 @@ from hwsearch.errors import InputError
 
 _IMPLICIT = ((128, 32), (128, 64), (128, 128))
 _WINOGRAD = ((64, 64), (128, 64), (128, 32))
-_SEEDS = 3
+_SEEDS = 2
 _SETTINGS = {
-    "objective": "reg:squarederror", "eta": 0.05, "max_depth": 6, "min_child_weight": 3, "subsample": 0.8,
-    "colsample_bytree": 0.4, "reg_lambda": 1.0, "tree_method": "hist", "max_bin": 256, "nthread": 1,
+    "objective": "reg:squarederror", "eta": 0.08, "max_depth": 6, "min_child_weight": 3, "subsample": 0.8,
+    "colsample_bytree": 0.4, "reg_lambda": 1.0, "tree_method": "hist", "max_bin": 128, "nthread": 1,
 }  # fmt: skip
-_ROUNDS = 600
-_QUICK_ROUNDS = 200
+_ROUNDS = 400
+_QUICK_ROUNDS = 120
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ class GpuConvolutions:
         *,
         position: np.ndarray | None = None,
         others: np.ndarray | None = None,
+        rounds: int = _ROUNDS,
         seed: int = 0,
     ) -> GpuConvolutions:
         """Some ten seconds for 4,000 convolutions.
@@ -154,6 +155,7 @@ class GpuConvolutions:
             gpu: the data sheet.
             position: place of each reading in its campaign, 0 to 1, (N,); None: the campaign does not drift.
             others: what other devices say of the same convolutions, (N, D), see ``other_devices``.
+            rounds: of boosting.
             seed: of the trees.
 
         Raises:
@@ -167,7 +169,7 @@ class GpuConvolutions:
             features = np.hstack([features, others])
         drift = Drift() if position is None else fit_drift(features, ideal, ms, position, seed)
         target = np.log(_without(ms, drift, position) / ideal)
-        return cls(gpu, tuple(_grow(features, target, _ROUNDS, seed * _SEEDS + s) for s in range(_SEEDS)), drift)
+        return cls(gpu, tuple(_grow(features, target, rounds, seed * _SEEDS + s) for s in range(_SEEDS)), drift)
 
     def predict(
         self, shapes: np.ndarray, *, position: np.ndarray | None = None, others: np.ndarray | None = None
@@ -197,7 +199,7 @@ def fit_drift(features: np.ndarray, ideal_ms: np.ndarray, ms: np.ndarray, positi
     drift = Drift()
     fold = np.random.default_rng([seed, len(ms)]).permutation(len(ms)) % 3
     line = np.stack([np.ones(len(ms)), position], axis=1)
-    for _ in range(4):
+    for _ in range(3):
         target = np.log(_without(ms, drift, position) / ideal_ms)
         log = np.zeros(len(ms))
         for number in range(3):

@@ -15,6 +15,7 @@ from hwsearch.device.spec import Device
 from hwsearch.errors import InputError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.latency.predictor import LatencyPredictor
+from hwsearch.latency.profile import current_check
 from hwsearch.latency.sample import PlannedNetwork, SamplingPlan
 from hwsearch.latency.table import LatencyTable
 from hwsearch.latency.training import Rows
@@ -60,7 +61,9 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> NewDevice:
     device = Device(name="new", runtime="simulated", home=tmp_path_factory.mktemp("new"), options=NEW)
     with open_session(device) as session:
         lowered = lower_plan(session, SamplingPlan(seed=5), 140)
-        truth = time_networks(session, [network for network, _ in lowered], reference_ms=1.0, noise_floor=0.01)
+        reference_ms = current_check(device, session, lambda text: None).reference_ms
+        networks = [network for network, _ in lowered]
+        truth = time_networks(session, networks, reference_ms=reference_ms, noise_floor=0.01)
     return NewDevice(device, lowered, truth)
 
 

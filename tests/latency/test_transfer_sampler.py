@@ -27,7 +27,8 @@ def test_each_step_is_the_best_one() -> None:
 
 def test_only_candidates_are_chosen_and_only_the_population_counts() -> None:
     factors = np.array([[9.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
-    assert choose_rows(factors, 1, candidates=np.array([1, 2, 3])).tolist() == [3]
+    assert choose_rows(factors, 1).tolist() == [0]
+    assert choose_rows(factors, 1, candidates=np.array([1, 2, 3]), population=np.array([1, 2, 3])).tolist() == [3]
     assert choose_rows(factors, 1, candidates=np.array([1, 2, 3]), population=np.array([0])).tolist() == [1]
 
 
