@@ -171,7 +171,7 @@ def _graph(
         [numpy_helper.from_array(values, name) for name, values in weights.items()],
     )
     imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
-    return bytes(helper.make_model(graph, opset_imports=imports, ir_version=8).SerializeToString())
+    return bytes(helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString())
 
 
 def _random(*shape: int) -> np.ndarray:
@@ -254,6 +254,71 @@ def loop(rounds: int = 3) -> bytes:
     )
 
 
+def scan() -> bytes:
+    """A Scan: a state carried over five slices, its steps stacked."""
+    node, info = helper.make_node, helper.make_tensor_value_info
+    body = helper.make_graph(
+        [
+            node("Add", ["state", "slice"], ["sum"]),
+            node("Tanh", ["sum"], ["state_out"]),
+            node("Exp", ["sum"], ["step"]),
+        ],
+        "body",
+        [info("state", TensorProto.FLOAT, [3]), info("slice", TensorProto.FLOAT, [3])],
+        [info("state_out", TensorProto.FLOAT, [3]), info("step", TensorProto.FLOAT, [3])],
+    )
+    return _graph(
+        [
+            node("Scan", ["start", "input"], ["last", "steps"], body=body, num_scan_inputs=1),
+            node("Softmax", ["steps"], ["soft"]),
+            node("Add", ["soft", "last"], ["output"]),
+        ],
+        [5, 3],
+        {"start": np.ones(3, np.float32)},
+        "output",
+    )
+
+
+def operator_set_21() -> bytes:
+    """Normalisation, activation and reduction as opset 21 has them."""
+    node = helper.make_node
+    return _graph(
+        [
+            node("Conv", ["input", "w"], ["a"], pads=[1] * 4),
+            node("GroupNormalization", ["a", "one", "zero"], ["g"], num_groups=4),
+            node("Gelu", ["g"], ["x"]),
+            node("ReduceMax", ["x", "axes"], ["m"], keepdims=0),
+            node("LayerNormalization", ["m", "one"], ["output"]),
+        ],
+        [2, 3, 6, 6],
+        {
+            "w": _random(16, 3, 3, 3), "one": np.ones(16, np.float32), "zero": np.zeros(16, np.float32),
+            "axes": np.array([2, 3], np.int64),
+        },
+        "output",
+        opset=21,
+    )  # fmt: skip
+
+
+def operator_set_23() -> bytes:
+    """ONNX's own attention, of three and of four axes, and its normalisation by the mean square."""
+    node = helper.make_node
+    return _graph(
+        [
+            node("RMSNormalization", ["input", "one"], ["n"]),
+            node("Attention", ["n", "n", "n"], ["a"], q_num_heads=4, kv_num_heads=4),
+            node("Reshape", ["a", "to"], ["r"]),
+            node("Transpose", ["r"], ["t"], perm=[0, 2, 1, 3]),
+            node("Attention", ["t", "t", "t"], ["b"]),
+            node("Sigmoid", ["b"], ["output"]),
+        ],
+        list(TOKENS),
+        {"one": np.ones(32, np.float32), "to": np.array([1, 12, 4, 8], np.int64)},
+        "output",
+        opset=23,
+    )
+
+
 def fused_attention() -> bytes:
     """ORT's own attention with its projection, its residual normalisation, and attention of given queries."""
     node = helper.make_node
@@ -308,6 +373,9 @@ THIRD_PARTY: dict[str, Callable[[], bytes]] = {
     "weights_as_inputs": weights_as_inputs,
     "branches": branches,
     "loop": loop,
+    "scan": scan,
+    "operator_set_21": operator_set_21,
+    "operator_set_23": operator_set_23,
     "fused_attention": fused_attention,
     "odd_operators": odd_operators,
     "space_to_depth": space_to_depth,

@@ -86,7 +86,7 @@ def test_opsets(opset: int, tmp_path: Path) -> None:
 def test_graphs_of_third_parties(name: str, tmp_path: Path) -> None:
     reader = check(zoo.THIRD_PARTY[name](), tmp_path)
     unknown = [kernel.op for kernel in reader.executed() if kernel.family == "other"]
-    expected = {"branches": ["If"], "loop": ["Loop"], "odd_operators": ["TopK", "CumSum", "Einsum"]}
+    expected = {"branches": ["If"], "loop": ["Loop"], "scan": ["Scan"], "odd_operators": ["TopK", "CumSum", "Einsum"]}
     assert unknown == expected.get(name, [])
 
 
@@ -102,6 +102,12 @@ def test_bodies_are_priced_with_the_node_that_runs_them() -> None:
     assert len(rounds) == 3
     assert len({kernel.node for kernel in rounds}) == 3
     assert kernels_of(zoo.loop(3))[-1].in_channels == 16  # the size comes out of the body
+    steps = kernels_of(zoo.scan())
+    assert [kernel.op for kernel in steps].count("Tanh") == 5
+    assert [(kernel.op, kernel.in_channels, kernel.in_height) for kernel in steps[-2:]] == [
+        ("Softmax", 3, 5),
+        ("Add", 3, 1),
+    ]
 
 
 MULTIPLYING = ["attention", "convnext", "shuffle", "einsum", "line", "volume", "up", "grouped", "gates"]
