@@ -113,9 +113,9 @@ class Result:
     expand_s: float
     candidates: int
     kernels: float
-    seconds: float
-    spread: float
-    terms_per_s: float
+    seconds: float | None
+    spread: float | None
+    terms_per_s: float | None
     compared: int
     difference: float
     real: int = 0
@@ -158,19 +158,21 @@ def bench(name: str, quantum: int, session: DeviceSession, predictor: LatencyPre
     table.expand()
     expand_s = time.perf_counter() - started
     rng = np.random.default_rng(20)
-    rows = _random(space, asked.candidates, rng)
-    some = rows[:2000]
-    kernels = table.kernel_terms(some) / len(some)
-    times = _timed(lambda: table.evaluate(rows), console)
-    seconds = float(np.median(times))
+    rows = _random(space, max(asked.candidates, asked.compared, 2000), rng)
+    kernels = table.kernel_terms(rows[:2000]) / 2000
     compared = [WidthChoice(tuple(row)) for row in rows[: asked.compared].tolist()]
     own = np.array([predictor.network(template.kernels(choice)).ms for choice in compared])
     difference = float(np.abs(table.evaluate(rows[: asked.compared]) / own - 1).max())
+    rows = rows[: asked.candidates]
+    seconds = spread = rate = None
+    if len(rows):
+        times = _timed(lambda: table.evaluate(rows), console)
+        seconds = float(np.median(times))
+        spread, rate = float(np.ptp(times) / seconds), kernels * len(rows) / seconds
     result = Result(
         name, quantum, len(space.groups), round(space.log10_size, 2), template.check.asked, template.check.choices,
         template.check.wrong, round(learn_s, 1), len(table.factors), table.entries, round(expand_s, 1), len(rows),
-        round(kernels, 2), seconds, float(np.ptp(times) / seconds), kernels * len(rows) / seconds, len(compared),
-        difference,
+        round(kernels, 2), seconds, spread, rate, len(compared), difference,
     )  # fmt: skip
     if asked.real:
         result = replace(result, **_against_runtime(space, template, table, predictor, lowering, asked.real))
@@ -225,10 +227,14 @@ def _line(r: Result) -> str:
         if r.median_error is not None and r.worst_error is not None
         else "not lowered"
     )
+    speed = (
+        f"{r.terms_per_s / 1e6:6.0f} M terms/s ({r.candidates} candidates of {r.kernels:.1f} kernels in"
+        f" {r.seconds:.3f} s, n {REPEATS}, spread {r.spread:.0%}, {r.look_ups} look-ups)"
+        if r.seconds is not None and r.terms_per_s is not None
+        else f"not timed ({r.kernels:.1f} kernels, {r.look_ups} look-ups)"
+    )
     return (
-        f"{r.model:18} q{r.quantum:<2} {r.terms_per_s / 1e6:6.0f} M terms/s ({r.candidates} candidates of "
-        f"{r.kernels:.1f} kernels in {r.seconds:.3f} s, n {REPEATS}, spread {r.spread:.0%}, {r.look_ups} look-ups); "
-        f"difference {r.difference:.1e} (n {r.compared}); "
+        f"{r.model:18} q{r.quantum:<2} {speed}; difference {r.difference:.1e} (n {r.compared}); "
         f"{real}; template: {r.asked} asked, {r.wrong} of {r.checked} wrong"
     )
 
@@ -247,7 +253,7 @@ def main() -> int:
     parser.add_argument("--device", required=True, help="name of the device, with its predictor beside its table")
     parser.add_argument("--model", action="append", choices=list(MODELS), help="default: all")
     parser.add_argument("--quantum", action="append", type=int, help="default: 1, 4 and 8")
-    parser.add_argument("--candidates", type=int, default=1_000_000, help="candidates for the speed (1000000)")
+    parser.add_argument("--candidates", type=int, default=1_000_000, help="candidates for the speed (1000000; 0: none)")
     parser.add_argument("--compared", type=int, default=500, help="candidates compared with the predictor (500)")
     parser.add_argument("--real", type=int, default=200, help="candidates lowered for real (200; 0: none)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -2,8 +2,8 @@
 
 Nothing of a runtime is known here. Each round lowers random choices, to see whether the template foretells them, and
 choices about which the template and other trees that fit the same examples disagree (query by committee), to learn most
-from the fewest. It ends when some rounds in a row were right (or the limit on lowered choices is reached), and a last,
-fresh sample gives the residual error.
+from the fewest. It ends when some rounds in a row were right and so is a last, fresh sample (or the limit on
+lowered choices is reached); that sample gives the residual error.
 
 Random choices are drawn over the *classes* of widths: a rule that needs six groups to be multiples of four would never
 show among uniform widths. All classes occur among narrow widths, and narrow networks lower fast, so most are narrow.
@@ -93,6 +93,17 @@ class _Learner:
     def run(self) -> LoweringTemplate:
         self.ask([self.space.full().widths, self.space.smallest().widths, *self.draw(_FIRST)])
         self.fit()
+        while True:
+            self.rounds()
+            check, wrong = self.last_check()
+            new = [row for row in wrong if row not in self.known]
+            if not new or len(self.known) + _LAST >= self.most:
+                return replace(self.template, check=check)
+            self.ask(new)
+            self.fit()
+
+    def rounds(self) -> None:
+        """Lower and learn until some rounds in a row were right."""
         right = 0
         while right < _RIGHT_ROUNDS and len(self.known) < min(self.most, self.size):
             fresh, disputed = self.draw(_ROUND), self.disputed()
@@ -105,18 +116,20 @@ class _Learner:
             right = 0 if wrong or 8 * len(hard) > len(disputed) else right + 1
             if wrong or hard:
                 self.fit()
-        return replace(self.template, check=self.last_check())
 
-    def last_check(self) -> Check:
-        """The template against the networks themselves, on choices that nothing was learnt from.
+    def last_check(self) -> tuple[Check, list[tuple[int, ...]]]:
+        """The template against the networks themselves, on choices that nothing was learnt from; and the wrong ones.
 
         Where every choice of the space was lowered no fresh one is left: then those are checked.
         """
         fresh = self.draw(_LAST) or [self.rows[i] for i in self.rng.permutation(len(self.rows))[:_LAST]]
         real = self.lowering.kernels([WidthChoice(row) for row in fresh])
         shares = [same_kernels(a, b) / len(b) for a, b in zip(self.template.lower(fresh), real, strict=True)]
-        wrong = sum(share > 0 for share in shares)
-        return Check(len(fresh), wrong, round(max(shares, default=0.0), 6), len(self.known) + len(fresh))
+        wrong = [row for row, share in zip(fresh, shares, strict=True) if share > 0]
+        words = f"{len(wrong)} of {len(fresh)} foretold wrong in the last check"
+        self.progress(len(self.known), self.most, words)
+        asked = len(self.known.union(fresh))
+        return Check(len(fresh), len(wrong), round(max(shares, default=0.0), 6), asked), wrong
 
     # ------------------------------------------------------------------ choices
 

@@ -1,8 +1,8 @@
 """``NetworkLatency``: milliseconds of width choices, which is all that a search ever asks of a device.
 
-A choice is priced by look-up in a ``WidthTable``, which needs the space's ``LoweringTemplate``: kept beside the device's
-table, and learnt from the device the first time a space is asked about. With a template the device is not needed. Where
-the runtime's decisions could not be learnt well enough every choice is lowered by the runtime itself.
+A choice is priced by look-up in a ``WidthTable``, which needs the space's ``LoweringTemplate``: kept beside the table of
+the device, and learnt from the device the first time a space is asked about. With a template the device is not needed.
+Where the runtime's decisions could not be learnt well enough every choice is lowered by the runtime itself.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class _Shared:
     ready: bool = False
     template: LoweringTemplate | None = None
     table: WidthTable | None = None
-    #: Without a table: widths to (milliseconds, coverage).
-    networks: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
+    #: Without a table: widths to (milliseconds, coverage, novelty).
+    networks: dict[tuple[int, ...], tuple[float, float, float]] = field(default_factory=dict)
 
 
 class NetworkLatency:
@@ -157,14 +157,17 @@ class NetworkLatency:
 
     def interval(self, choices: ArrayLike, level: float = 0.9) -> tuple[Floats, Floats]:
         """(low_ms, high_ms), each (N,): what ``measured_ms`` lies between with probability ``level``."""
-        return self.predictor.interval(self.evaluate(choices), self.coverage(choices), level)
+        table = self.table
+        novelty = table.novelty(choices) if table is not None else self._priced(choices)[:, 2]
+        return self.predictor.interval(self.evaluate(choices), self.coverage(choices), level, novelty)
 
     def estimate(self, choice: WidthChoice, level: float = 0.9) -> NetworkEstimate:
         """One choice in full: interval, coverage, unknown kernels, milliseconds of each kernel."""
         found = self.predictor.network(self.kernels(choice), level)
         if self._trust < 1:
+            low, high = self.interval(np.array([choice.widths]), level)
+            low, high = low / self.factor, high / self.factor
             coverage = found.coverage * self._trust
-            low, high = self.predictor.interval(np.array([found.ms]), np.array([coverage]), level)
             found = replace(found, coverage=coverage, low_ms=float(low[0]), high_ms=float(high[0]))
         if self.factor == 1.0:
             return found
@@ -204,19 +207,20 @@ class NetworkLatency:
         return self.lowering.kernels(choices)
 
     def _priced(self, choices: ArrayLike) -> Floats:
-        """(N, 2), one by one: milliseconds without the correction, and the share of them that known kernels take."""
+        """(N, 3), one by one: milliseconds without the correction, the share of known kernels in them, the novelty."""
         rows = np.asarray(choices, dtype=np.int64).reshape(-1, len(self.space.groups)).tolist()
         keys = [tuple(row) for row in rows]
         networks = self._shared.networks
         new = [WidthChoice(key) for key in dict.fromkeys(keys) if key not in networks]
         for choice, kernels in zip(new, self._lowered(new) if new else [], strict=True):
-            ms, mb, known = np.array(self._shared.prices.of(kernels), dtype=np.float64).T
+            prices = self._shared.prices.of(kernels)
+            ms, mb, guessed, novelty = np.array([(p.ms, p.mb, *p.marks) for p in prices], dtype=np.float64).T
             whole = max(float(mb.sum()), 1e-12)
             priced = ms + mb / whole * self.predictor.context_ms(np.array([whole]))[0]
             total = float(priced.sum())
-            guessed = float((priced * (1 - known)).sum())
-            networks[choice.widths] = (total + self.predictor.overhead_ms, 1 - guessed / total)
-        return np.array([networks[key] for key in keys], dtype=np.float64).reshape(len(keys), 2)
+            shares = (float((priced * mark).sum()) / total for mark in (guessed, novelty))
+            networks[choice.widths] = (total + self.predictor.overhead_ms, 1 - next(shares), next(shares))
+        return np.array([networks[key] for key in keys], dtype=np.float64).reshape(len(keys), 3)
 
 
 def learnt(

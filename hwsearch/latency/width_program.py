@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: An axis: ("width", group) or ("sum", quantity).
 Axis: TypeAlias = tuple[str, int]
 _MOST_STATES = 4096
+#: Counts that only decide a form are axes, too, while a slot's table has at most so many entries: that saves the state.
+_DIRECT = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +126,8 @@ class Program:
         axes = self._axes(computed)
         asked = [r.quantity for r in walk(slot.rule) if isinstance(r, Split)]
         others = self._axes(q for q in asked if not self._resolved(q, axes))
+        if math.prod(self.sizes(self._index(axis) for axis in (*axes, *others))) <= _DIRECT:
+            axes, others = sorted((*axes, *others)), []
         states: list[Rule] = [slot.rule]
         before: int | None = None
         for axis in others:

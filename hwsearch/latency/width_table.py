@@ -13,6 +13,7 @@ float64: against pricing the same kernels one by one only the order of a sum dif
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -24,7 +25,7 @@ from hwsearch.graph.widths import WidthChoice
 from hwsearch.latency.features import weight_mb
 from hwsearch.latency.lowering_template import Ints, LoweringTemplate, slot_kernels
 from hwsearch.latency.predictor import LatencyPredictor
-from hwsearch.latency.width_program import Member, Program, StateIndex, SumIndex, WidthIndex
+from hwsearch.latency.width_program import Member, Program, SumIndex, WidthIndex
 
 if TYPE_CHECKING:
     from hwsearch.graph.widths import WidthSpace
@@ -42,20 +43,40 @@ MOST_ENTRIES = 1 << 23
 _EXPAND = 1 << 15
 
 
+@dataclass(frozen=True)
+class Price:
+    """What one kernel adds to a network.
+
+    Attributes:
+        ms: milliseconds, its weights at hand.
+        mb: megabytes of weights.
+        marks: whether it is unlike any profiled kernel (0 or 1), and its novelty, see ``interval.py``.
+    """
+
+    ms: float
+    mb: float
+    marks: tuple[float, float]
+
+
+GUESSED, NOVEL = range(2)
+
+
 class Prices:
-    """Kernels to (milliseconds, megabytes of weights, known), each asked of the predictor once."""
+    """The price of each kernel, asked of the predictor once."""
 
     def __init__(self, predictor: LatencyPredictor) -> None:
         self.predictor = predictor
-        self._known: dict[Kernel, tuple[float, float, bool]] = {}
+        self._known: dict[Kernel, Price] = {}
 
-    def of(self, kernels: Sequence[Kernel]) -> list[tuple[float, float, bool]]:
+    def of(self, kernels: Sequence[Kernel]) -> list[Price]:
         """The price of each kernel."""
         new = list(dict.fromkeys(k for k in kernels if k not in self._known))
         if new:
             times, weights = self.predictor.predict(new).tolist(), weight_mb(new).tolist()
-            for kernel, ms, mb in zip(new, times, weights, strict=True):
-                self._known[kernel] = (ms, mb, self.predictor.model_.doubt(kernel) is None)
+            novelty = self.predictor.profiled_.novelty(new).tolist()
+            for kernel, ms, mb, new_to in zip(new, times, weights, novelty, strict=True):
+                doubt = self.predictor.model_.doubt(kernel)
+                self._known[kernel] = Price(ms, mb, (float(doubt is not None), new_to))
         return [self._known[k] for k in kernels]
 
 
@@ -66,8 +87,8 @@ class Factor:
         self.members, self.indices, self.sizes = members, indices, sizes
         self.entries = int(np.prod(sizes, dtype=np.int64))
         self.table: Pairs = np.full(self.entries, complex(np.nan, 0.0))
-        #: The part of each entry that comes from kernels unlike profiled ones; None while there is none.
-        self.guessed: Pairs | None = None
+        #: The same sum with each price times each of its marks; None while that is 0 everywhere.
+        self.marked: list[Pairs | None] = [None, None]
 
 
 class WidthTable:
@@ -120,19 +141,37 @@ class WidthTable:
         Raises:
             InputError: a choice that is not one of the space's.
         """
-        sums = self._sums(choices)[0]
-        return self._with_context(sums) + self.predictor.overhead_ms
+        rows, overhead_ms = self._rows(choices), self.predictor.overhead_ms
+        result = np.empty(len(rows))
+        for part in _chunks(len(rows)):
+            result[part] = self._with_context(self._sums(rows[part])) + overhead_ms
+        return result
 
     def coverage(self, choices: ArrayLike) -> Floats:
         """Share of each choice's milliseconds that comes from kernels like profiled ones, (N,)."""
-        sums, guessed = self._sums(choices, doubts=True)
-        if guessed is None:
-            return np.ones(len(sums))
-        return np.asarray(1 - self._with_context(guessed, sums) / self._with_context(sums))
+        return 1 - self._mean(choices, GUESSED)
+
+    def novelty(self, choices: ArrayLike) -> Floats:
+        """How unlike the profiled networks each choice is, in octaves, (N,): a mean over its kernels' milliseconds."""
+        return self._mean(choices, NOVEL)
 
     def interval(self, choices: ArrayLike, level: float = 0.9) -> tuple[Floats, Floats]:
         """(low_ms, high_ms), each (N,): what ``measured_ms`` lies between with probability ``level``."""
-        return self.predictor.interval(self.evaluate(choices), self.coverage(choices), level)
+        return self.predictor.interval(self.evaluate(choices), self.coverage(choices), level, self.novelty(choices))
+
+    def _mean(self, choices: ArrayLike, mark: int) -> Floats:
+        """The mean of a mark over each choice's milliseconds, (N,)."""
+        rows = self._rows(choices)
+        result = np.zeros(len(rows))
+        for part in _chunks(len(rows)):
+            sums, marked = self._sums(rows[part]), np.zeros(len(rows[part]), dtype=np.complex128)
+            tables = [(factor, table) for factor in self.factors if (table := factor.marked[mark]) is not None]
+            positions = self._positions(rows[part]) if tables else []
+            for factor, table in tables:
+                marked += table[_flat(factor, positions, len(marked))]
+            if tables:
+                result[part] = self._with_context(marked, sums) / self._with_context(sums)
+        return result
 
     def kernel_ms(self, choices: ArrayLike) -> Floats:
         """Milliseconds of each slot's kernel, (N, slots), weights at hand; 0 where there is no such kernel.
@@ -147,7 +186,7 @@ class WidthTable:
             column = np.zeros(len(rows))
             found = slot_kernels(slot, counts, len(rows))
             present = [i for i, kernel in enumerate(found) if kernel is not None]
-            column[present] = [ms for ms, _, _ in self.prices.of([k for k in found if k is not None])]
+            column[present] = [price.ms for price in self.prices.of([k for k in found if k is not None])]
             columns.append(column)
         return np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0))
 
@@ -178,48 +217,31 @@ class WidthTable:
         """Milliseconds of kernels with their share of what the network's weights cost beyond the caches."""
         total_mb = np.maximum((part if whole is None else whole).imag, 1e-12)
         context = self.predictor.context_ms(total_mb)
-        if whole is None and not context.any():
-            return np.asarray(part.real)
         return np.asarray(part.real + part.imag / total_mb * context)
 
     def _rows(self, choices: ArrayLike) -> Ints:
         return np.asarray(choices, dtype=np.int64).reshape(-1, len(self.space.groups))
 
-    def _sums(self, choices: ArrayLike, doubts: bool = False) -> tuple[Pairs, Pairs | None]:
-        """(milliseconds + i megabytes) of all kernels, (N,), and of the guessed ones among them, or None for none."""
-        rows = self._rows(choices)
-        total = np.zeros(len(rows), dtype=np.complex128)
-        for start in range(0, len(rows), CHUNK):
-            part = rows[start : start + CHUNK]
-            positions = self._positions(part)
-            own = total[start : start + CHUNK]
-            self._add_up(positions, own)
-            new = np.flatnonzero(np.isnan(own.real))
-            if len(new):
-                some = [position[new] for position in positions]
-                for factor in self.factors:
-                    flat = np.unique(_flat(factor, some, len(new)))
-                    self._price(factor, flat[np.isnan(factor.table[flat].real)])
-                again = np.zeros(len(new), dtype=np.complex128)
-                self._add_up(some, again)
-                own[new] = again
-        if not doubts or all(factor.guessed is None for factor in self.factors):
-            return total, None
-        guessed = np.zeros(len(rows), dtype=np.complex128)
-        for start in range(0, len(rows), CHUNK):
-            positions = self._positions(rows[start : start + CHUNK])
+    def _sums(self, rows: Ints) -> Pairs:
+        """(milliseconds + i megabytes) of all kernels, (N,), for a chunk of widths."""
+        positions = self._positions(rows)
+        total = self._add_up(positions, len(rows))
+        new = np.flatnonzero(np.isnan(total.real))
+        if len(new):
+            some = [position[new] for position in positions]
             for factor in self.factors:
-                if factor.guessed is not None:
-                    own = guessed[start : start + CHUNK]
-                    own += factor.guessed[_flat(factor, positions, len(own))]
-        return total, guessed
+                flat = np.unique(_flat(factor, some, len(new)))
+                self._price(factor, flat[np.isnan(factor.table[flat].real)])
+            total[new] = self._add_up(some, len(new))
+        return total
 
-    def _add_up(self, positions: list[Ints], total: Pairs) -> None:
-        taken = np.empty(len(total), dtype=np.complex128)
+    def _add_up(self, positions: list[Ints], count: int) -> Pairs:
+        total, taken = np.zeros(count, dtype=np.complex128), np.empty(count, dtype=np.complex128)
         for factor in self.factors:
             # "clip" is the fast mode: no index is out of bounds here.
-            np.take(factor.table, _flat(factor, positions, len(total)), out=taken, mode="clip")
+            np.take(factor.table, _flat(factor, positions, count), out=taken, mode="clip")
             total += taken
+        return total
 
     def _positions(self, rows: Ints) -> list[Ints]:
         """The value of each of the program's indices for some widths, (N,) each.
@@ -261,27 +283,28 @@ class WidthTable:
             return
         places = dict(zip(factor.indices, np.unravel_index(flat, factor.sizes), strict=True)) if factor.sizes else {}
         total = np.zeros(len(flat), dtype=np.complex128)
-        guessed = np.zeros(len(flat), dtype=np.complex128)
+        marked = np.zeros((len(factor.marked), len(flat)), dtype=np.complex128)
         for member in factor.members:
             sizes = self._program.sizes(member.indices)
             own = np.zeros(len(flat), dtype=np.int64)
             if sizes:
                 own = np.ravel_multi_index([places[i] for i in member.indices], sizes)
             distinct, inverse = np.unique(own, return_inverse=True)
-            price, known = self._member(member, distinct, sizes)
+            price, marks = self._member(member, distinct, sizes)
             total += price[inverse]
-            guessed += np.where(known, 0, price)[inverse]
+            marked += (price * marks)[:, inverse]
         factor.table[flat] = total
-        if guessed.any() and factor.guessed is None:
-            factor.guessed = np.zeros(factor.entries, dtype=np.complex128)
-        if factor.guessed is not None:
-            factor.guessed[flat] = guessed
+        for mark, values in enumerate(marked):
+            if values.any() and factor.marked[mark] is None:
+                factor.marked[mark] = np.zeros(factor.entries, dtype=np.complex128)
+            if (table := factor.marked[mark]) is not None:
+                table[flat] = values
 
-    def _member(self, member: Member, flat: Ints, sizes: tuple[int, ...]) -> tuple[Pairs, NDArray[np.bool_]]:
-        """(prices, whether the kernel is like profiled ones) of one slot, (K,) each; 0 where there is no kernel."""
+    def _member(self, member: Member, flat: Ints, sizes: tuple[int, ...]) -> tuple[Pairs, Floats]:
+        """(prices (K,), marks (2, K)) of one slot's kernel; 0 where there is none."""
         places = list(np.unravel_index(flat, sizes)) if sizes else []
         state = places.pop(0) if len(places) > len(member.axes) else np.zeros(len(flat), dtype=np.int64)
-        price, known = np.zeros(len(flat), dtype=np.complex128), np.ones(len(flat), dtype=bool)
+        price, marks = np.zeros(len(flat), dtype=np.complex128), np.zeros((2, len(flat)))
         for number in np.unique(state):
             rows = np.flatnonzero(state == number)
             positions = {axis: place[rows] for axis, place in zip(member.axes, places, strict=True)}
@@ -290,10 +313,15 @@ class WidthTable:
             present = np.array([kernel is not None for kernel in found], dtype=bool)
             if present.any():
                 rows = rows[present]
-                values = np.array(self.prices.of([k for k in found if k is not None]), dtype=np.float64)
-                price[rows] = values[:, 0] + 1j * values[:, 1]
-                known[rows] = values[:, 2] > 0
-        return price, known
+                prices = self.prices.of([k for k in found if k is not None])
+                price[rows] = [complex(p.ms, p.mb) for p in prices]
+                marks[:, rows] = np.array([p.marks for p in prices]).T
+        return price, marks
+
+
+def _chunks(count: int) -> list[slice]:
+    """Runs of at most ``CHUNK`` candidates."""
+    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
 
 
 def _lookup(widths: Ints) -> Ints:
@@ -350,4 +378,4 @@ def _best_pair(program: Program, sets: list[frozenset[int]]) -> tuple[frozenset[
     return best
 
 
-__all__ = ["CHUNK", "Factor", "Prices", "StateIndex", "WidthTable"]
+__all__ = ["CHUNK", "Factor", "Price", "Prices", "WidthTable"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from template_models import MODELS, onnx_template, other
 
 from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device
@@ -22,8 +23,6 @@ from hwsearch.graph.widths import WidthChoice
 from hwsearch.latency.lowering import Lowering, with_distinct_biases
 from hwsearch.latency.lowering_learning import channel_quantities, learn, slot_names, slot_order
 from hwsearch.latency.lowering_template import LoweringTemplate, Quantity, Split, same_kernels, stored_path
-
-from template_models import MODELS, onnx_template, other
 
 RUNTIMES = ("simulated", "onnxruntime")
 
@@ -206,4 +205,4 @@ def test_a_rule_is_a_tree() -> None:
     from hwsearch.latency.lowering_template import decide, walk
 
     assert decide(rule, np.array([[4], [17], [3]]), 3).tolist() == [1, 0, -1]
-    assert [r for r in walk(rule) if not isinstance(r, Split)] == [1, 0, -1]
+    assert [r for r in walk(rule) if not isinstance(r, Split)] == [1, -1, 0]

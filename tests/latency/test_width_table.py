@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from template_models import MODELS, onnx_template, other
 
 from hwsearch.device.spec import Fingerprint
 from hwsearch.errors import InputError
@@ -31,8 +32,6 @@ from hwsearch.latency.network import USABLE_ERROR, NetworkLatency
 from hwsearch.latency.predictor import OutOfRangeWarning
 from hwsearch.latency.width_program import Program, StateIndex
 from hwsearch.latency.width_table import Prices, WidthTable
-
-from template_models import MODELS, onnx_template, other
 
 pytestmark = pytest.mark.filterwarnings("ignore::hwsearch.latency.predictor.OutOfRangeWarning")
 
@@ -78,7 +77,7 @@ def test_weights_beyond_the_caches_are_priced(campaign: Any, templates: Any) -> 
     """The network's own terms hang on all its weights together; here they are made to matter."""
 
     class Heavy:
-        model_, overhead_ms = campaign.predictor.model_, 0.5
+        model_, profiled_, overhead_ms = campaign.predictor.model_, campaign.predictor.profiled_, 0.5
         predict = staticmethod(campaign.predictor.predict)
 
         @staticmethod
@@ -176,7 +175,7 @@ def test_prices_are_asked_once(campaign: Any) -> None:
     asked: list[int] = []
 
     class Counting:
-        model_ = campaign.predictor.model_
+        model_, profiled_ = campaign.predictor.model_, campaign.predictor.profiled_
 
         def predict(self, kernels: list[Kernel]) -> np.ndarray:
             asked.append(len(kernels))
@@ -184,7 +183,7 @@ def test_prices_are_asked_once(campaign: Any) -> None:
 
     prices = Prices(Counting())  # type: ignore[arg-type]
     one, two = Kernel("conv", "Conv"), Kernel("conv", "Conv", in_channels=2)
-    assert [p[0] for p in prices.of([one, two, one])] == [1, 1, 1]
+    assert [p.ms for p in prices.of([one, two, one])] == [1, 1, 1]
     prices.of([two])
     assert asked == [2]
 
