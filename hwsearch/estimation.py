@@ -73,10 +73,11 @@ class Estimate:
             f"single runs within {found.p90_ms:.4g} ms in 90 %, coverage {100 * found.coverage:.1f} %"
         )
         memory = self.memory
+        parts = (memory.total_bytes, memory.peak_activation_bytes, memory.input_bytes, memory.weight_bytes)
+        whole, activations, inputs, weights = (f"{size / 2**20:.3g}" for size in parts)
         console.show(
-            f"peak memory {memory.total_bytes / 2**20:.3g} MiB: activations "
-            f"{memory.peak_activation_bytes / 2**20:.3g} (most at {memory.node}), input {memory.input_bytes / 2**20:.3g}, "
-            f"weights {memory.weight_bytes / 2**20:.3g}"
+            f"peak memory {whole} MiB: activations {activations} (most at {memory.node}), input {inputs}, "
+            f"weights {weights}"
         )
 
 

@@ -126,7 +126,7 @@ def curves(
 
 
 def layers_of(space: WidthSpace, group: WidthGroup, *, readers: bool = False) -> tuple[str, ...]:
-    """The layers whose output has this group's channels, in execution order; with ``readers`` those that read it too."""
+    """The layers whose output has this group's channels, in execution order; with ``readers`` also its readers."""
     made = {slot.parameter for slot in group.slots if readers or not slot.reads}
     weights = [layer.weight for layer in space.network.layers if layer.macs and layer.weight in made]
     # Named by the parameter's owner, as ONNX files name them.
