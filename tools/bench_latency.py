@@ -64,7 +64,7 @@ def unseen_networks(folder: Path) -> list[Unseen]:
     except FileNotFoundError:
         raise InputError(f"{folder} holds no manifest.json; run tools/unseen_networks.py --output {folder}") from None
     return [
-        Unseen(str(e["family"]), str(e["name"]), folder / str(e["file"]), bool(e.get("beyond", False)))
+        Unseen(str(e["family"]), str(e["name"]), folder / str(e["file"]), bool(e["beyond_cnn_kernels"]))
         for e in manifest["networks"]
     ]
 

@@ -124,10 +124,10 @@ def judge(
     budget_ms: float | None,
     measured_ms: float | None,
     raw_p50_ms: float | None,
-    noise_floor: float,
+    raw_noise_floor: float,
 ) -> tuple[str, tuple[str, ...]]:
     """(status, reasons). Pass: numerics hold, ``measured_ms`` is within the budget, and the raw median is within the
-    budget times (1 + noise floor). The raw median alone too high makes it conditional: the machine is slower now than
+    budget times (1 + the noise floor of raw medians). The raw median alone too high makes it conditional: the machine is slower now than
     at its reference speed."""
     reasons = []
     if not numerics.ok:
@@ -141,11 +141,11 @@ def judge(
         reasons.append(f"measured {measured_ms:.4g} ms is above the budget of {budget_ms:.4g} ms by {over:.2g} %")
     if reasons:
         return "fail", tuple(reasons)
-    limit = budget_ms * (1 + noise_floor)
+    limit = budget_ms * (1 + raw_noise_floor)
     if not raw_p50_ms <= limit:
         reason = (
-            f"the raw median of {raw_p50_ms:.4g} ms is above {limit:.4g} ms, the budget and the noise floor of "
-            f"{noise_floor * 100:.2g} %: the machine is slower now than at its reference speed"
+            f"the raw median of {raw_p50_ms:.4g} ms is above {limit:.4g} ms, the budget and what raw medians scatter "
+            f"({raw_noise_floor * 100:.2g} %): the machine is slower now than at its reference speed"
         )
         return "conditional", (reason,)
     return "pass", ()

@@ -57,7 +57,7 @@ def verify(
 
 
 def _verify(bundle: Bundle, device: Device, session: DeviceSession, settings: StopwatchSettings) -> Verdict:
-    reference_ms, noise_floor, notes = _reference(bundle, device, session.fingerprint)
+    reference_ms, noise_floor, raw_floor, notes = _reference(bundle, device, session.fingerprint)
     if bundle.device != device.name:
         notes.insert(0, f"the bundle was made for {bundle.device}, it was verified on {device.name}")
     if bundle.budget_ms is None:
@@ -72,7 +72,7 @@ def _verify(bundle: Bundle, device: Device, session: DeviceSession, settings: St
     pairs = [(case.output, answer[bundle.output_name]) for case, answer in zip(bundle.cases, answers, strict=True)]
     numerics = compare(pairs, bundle.relative_tolerance, bundle.absolute_tolerance)
     timed = measure(bundle.model, session, reference_ms=reference_ms, settings=settings, name=bundle.name)
-    status, reasons = judge(numerics, bundle.budget_ms, timed.measured_ms, timed.raw_p50_ms, noise_floor)
+    status, reasons = judge(numerics, bundle.budget_ms, timed.measured_ms, timed.raw_p50_ms, raw_floor)
     return Verdict(
         status=status,
         reasons=reasons,
@@ -91,17 +91,17 @@ def _verify(bundle: Bundle, device: Device, session: DeviceSession, settings: St
     )
 
 
-def _reference(bundle: Bundle, device: Device, found: Fingerprint) -> tuple[float, float, list[str]]:
-    """(reference_ms, noise floor, notes): of the device's own check, else of the bundle where it is the same device."""
+def _reference(bundle: Bundle, device: Device, found: Fingerprint) -> tuple[float, float, float, list[str]]:
+    """(reference_ms, noise floor, that of raw medians, notes): of the device's own check, else of the bundle where it is the same device."""
     remedy = f"run `hwsearch device check {device.name}` first"
     if (device.table_folder / FILE).exists():
         check = DeviceCheck.load(device.table_folder)
         changed = check.fingerprint.differences(found)
         notes = [f"the device has changed since its check ({'; '.join(changed)}): check it again"] if changed else []
-        return check.reference_ms, check.noise_floor, notes
+        return check.reference_ms, check.noise_floor, max(check.noise_floor, check.raw_noise_floor), notes
     if bundle.reference_ms is None or bundle.noise_floor is None or bundle.fingerprint is None:
         raise InputError(f"device {device.name} has not been checked, so there is no reference speed: {remedy}")
     changed = Fingerprint.from_dict(bundle.fingerprint).differences(found)
     if changed:
         raise InputError(f"this is not the device that the bundle was made on ({'; '.join(changed)}): {remedy}")
-    return bundle.reference_ms, bundle.noise_floor, ["reference speed and noise floor are the bundle's own"]
+    return bundle.reference_ms, bundle.noise_floor, bundle.noise_floor, ["reference speed and noise floor are the bundle's own"]

@@ -1,6 +1,6 @@
 """`device check`: is this machine quiet enough to be measured, and how fast is it?
 
-It times the canary for some seconds (its median is the reference speed to which every later number is corrected), and
+It times the canary for some seconds (its undisturbed speed is the reference speed that every later number refers to), and
 six unlike networks again and again, each time in a new process: what differs between the repeats is the *noise floor*,
 and no claim about a latency on this device can be finer. The result is ``device.json`` in the device's table folder.
 """
@@ -27,18 +27,18 @@ from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.device.stopwatch import PROFILE
 from hwsearch.errors import HwsearchError, InputError, SchemaError
 
-SCHEMA, VERSION = "hwsearch.device-check", 1
+SCHEMA, VERSION = "hwsearch.device-check", 2
 FILE = "device.json"
 
-#: Above these a device is noisy: test-retest error (p95), and share of discarded rounds.
+#: Above these a device is noisy: test-retest error (p95), and share of timings that found no undisturbed moment.
 NOISE_LIMIT = 0.10
-DISCARD_LIMIT = 0.30
+COARSE_LIMIT = 0.30
 
 #: Above these there is a remark: the canary's scatter, and cores that the hypervisor took.
 STEADY_LIMIT = 0.25
 STOLEN_LIMIT = 0.02
 
-#: A change of the canary's median within a check that is worth a remark.
+#: A change of the canary's undisturbed speed within a check that is worth a remark.
 CHANGE_LIMIT = 0.10
 
 
@@ -49,11 +49,13 @@ class DeviceCheck:
     Attributes:
         device: its name.
         fingerprint: what it is.
-        reference_ms: the canary's median (mean of those before and after): the reference speed of the device's table.
-        best_ms, canary_spread: its fastest reading, and (p90 - p10) / median.
+        reference_ms: the canary undisturbed (5th percentile; the faster of before and after): the reference speed of the
+            device's table.
+        typical_ms, canary_spread: its median, and (p90 - p10) / median.
         noise_floor: 95th percentile of the relative test-retest difference of ``measured_ms``.
         raw_noise_floor: the same of the plain median, for comparison.
-        discarded: share of the rounds in which the canary was too slow.
+        disturbed: share of the canary's readings that were slower than the reference speed.
+        coarse: share of the networks' timings that found no moment at reference speed.
         busy, stolen: cores that other processes, and the hypervisor, kept busy; None where the system does not tell.
         verdict: ``"ok"`` or ``"noisy"``.
         messages: what was noticed, a line each: first the reasons for "noisy", then remarks.
@@ -68,11 +70,12 @@ class DeviceCheck:
     device: str
     fingerprint: Fingerprint
     reference_ms: float
-    best_ms: float
+    typical_ms: float
     canary_spread: float
     noise_floor: float
     raw_noise_floor: float
-    discarded: float
+    disturbed: float
+    coarse: float
     busy: float | None
     stolen: float | None
     verdict: str
@@ -107,7 +110,7 @@ class DeviceCheck:
             raise SchemaError(
                 f"missing or unknown fields {', '.join(map(str, wrong))}; run `hwsearch device check` again"
             )
-        for name in ("reference_ms", "best_ms", "noise_floor"):
+        for name in ("reference_ms", "typical_ms", "noise_floor"):
             value = data[name]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
                 raise SchemaError(f"{name} is {value!r}; run `hwsearch device check` again")
@@ -212,28 +215,28 @@ def check_device(
     with nullcontext() if device.simulated else timing_lock(tell):
         tell(f"device {device.name}: timing the canary for {seconds / 2:g} s")
         first, *load_before = session.calibrate(seconds / 2)
-        measured, raw, kept, lost = _passes(session, first.median_ms, passes, tell, problems)
+        measured, raw, coarse = _passes(session, first.fast_ms, passes, tell, problems)
         # once more at the end: the state of one moment must not become the speed that everything is corrected to
         tell(f"device {device.name}: timing the canary for {seconds / 2:g} s again")
         last, *load_after = session.calibrate(seconds / 2)
     noise, raw_noise = _retest(measured), _retest(raw)
-    discarded = lost / max(1, kept + lost)
     busy, stolen = (_larger(one, two) for one, two in zip(load_before, load_after, strict=True))
-    change = abs(last.median_ms / first.median_ms - 1)
+    change = abs(last.fast_ms / first.fast_ms - 1)
     load = _Load(busy, stolen, device.threads, session.machine)
     spread = max(first.spread, last.spread)
-    noisy, messages = _verdict(noise, discarded, spread, load, session.fingerprint, problems)
+    noisy, messages = _verdict(noise, coarse, spread, load, session.fingerprint, problems)
     if change > CHANGE_LIMIT:
         messages.append(f"the machine's speed changed by {change:.0%} within the check")
     result = DeviceCheck(
         device=device.name,
         fingerprint=session.fingerprint,
-        reference_ms=(first.median_ms + last.median_ms) / 2,
-        best_ms=min(first.best_ms, last.best_ms),
+        reference_ms=min(first.fast_ms, last.fast_ms),
+        typical_ms=(first.median_ms + last.median_ms) / 2,
         canary_spread=spread,
         noise_floor=noise,
         raw_noise_floor=raw_noise,
-        discarded=discarded,
+        disturbed=max(first.disturbed, last.disturbed),
+        coarse=coarse,
         busy=busy,
         stolen=stolen,
         verdict="noisy" if noisy else "ok",
@@ -251,11 +254,11 @@ def check_device(
 
 def _passes(
     session: DeviceSession, reference_ms: float, passes: int, tell: Callable[[str], None], problems: list[str]
-) -> tuple[list[dict[str, float]], list[dict[str, float]], int, int]:
-    """measured_ms and raw_p50_ms by network in each pass, and the rounds kept and discarded over all."""
+) -> tuple[list[dict[str, float]], list[dict[str, float]], float]:
+    """measured_ms and raw_p50_ms by network in each pass, and the share of timings not at reference speed."""
     measured: list[dict[str, float]] = []
     raw: list[dict[str, float]] = []
-    kept = lost = 0
+    near: list[bool] = []
 
     def note(name: str, error: HwsearchError) -> None:
         problems.append(str(error))
@@ -267,9 +270,8 @@ def _passes(
         timings = list(session.time(check_networks(), reference_ms=reference_ms, settings=settings, on_error=note))
         measured.append({timing.network: timing.measured_ms for timing in timings})
         raw.append({timing.network: timing.raw_p50_ms for timing in timings})
-        kept += sum(timing.rounds for timing in timings)
-        lost += sum(timing.discarded for timing in timings)
-    return measured, raw, kept, lost
+        near += [timing.near for timing in timings]
+    return measured, raw, 1 - sum(near) / max(1, len(near))
 
 
 def _larger(one: float | None, two: float | None) -> float | None:
@@ -306,7 +308,7 @@ class _Load:
 
 
 def _verdict(
-    noise: float, discarded: float, spread: float, load: _Load, fingerprint: Fingerprint, problems: list[str]
+    noise: float, coarse: float, spread: float, load: _Load, fingerprint: Fingerprint, problems: list[str]
 ) -> tuple[bool, list[str]]:
     """(whether the device is too noisy, what to tell the user)."""
     reasons: list[str] = []
@@ -314,13 +316,13 @@ def _verdict(
         reasons.append(
             f"the same network's time differs by {noise:.1%} from one try to the next (limit {NOISE_LIMIT:.0%})"
         )
-    if discarded > DISCARD_LIMIT:
-        reasons.append(f"{discarded:.0%} of the rounds ran below reference speed (limit {DISCARD_LIMIT:.0%})")
+    if coarse > COARSE_LIMIT:
+        reasons.append(f"{coarse:.0%} of the networks found no moment at reference speed (limit {COARSE_LIMIT:.0%})")
     reasons += problems
     notes: list[str] = []
     _contention(load, reasons, notes)
     if spread > STEADY_LIMIT:
-        notes.append(f"the canary scatters by {spread:.0%} (p90 - p10 over its median); its correction is at work")
+        notes.append(f"the canary scatters by {spread:.0%} (p90 - p10 over its median): timings wait for undisturbed moments")
     if fingerprint.governor not in ("performance", "unknown"):
         notes.append(f"the frequency governor is {fingerprint.governor!r}; 'performance' is steadier")
     if load.machine is not None and load.machine.turbo == "on":

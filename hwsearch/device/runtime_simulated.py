@@ -1,14 +1,14 @@
 """A pretended device with the habits of a real one: the whole chain is tested and resumed on it, in no wall time.
 
 The same names as in every runtime. Its optimiser (:mod:`hwsearch.device.simulated_graph`) blocks channels and fuses by
-shape, so there are stairs and layout changes. Its machine wanders in speed, has slow spells and noise, and the canary
-feels them as every network does.
+shape, so there are stairs and layout changes. Its machine wanders in speed a little, is disturbed for tenths of a second
+and has noise, and the canary feels that as every network does.
 
 Everything about a network follows from (options, its bytes, the stopwatch's settings): its clock starts at a moment
 derived from the bytes, and its noise from the same seed. So results depend neither on what ran before nor on a restart.
 
 Options: ``block`` (channels), ``gmacs`` and ``gbytes`` (10^9 per second), ``node_us``, ``overhead_us``, ``drift`` and
-``noise`` (relative), ``spells`` (share of the seconds that are 1.5 times slower), ``slowdown`` (a busy machine: factor
+``noise`` (relative), ``spells`` (share of the tenths of a second that are 1.5 times slower), ``slowdown`` (a busy machine: factor
 on every time), ``seed``; and for tests: ``version`` is another runtime version (the same machine), a network whose
 name contains ``crash_on`` kills the agent, ``hang_on`` makes it hang, ``fail_on`` is refused.
 """
@@ -39,8 +39,8 @@ INTERLEAVES = False
 VERSION = "1"  # of the cost model: another number, another device
 
 _DEFAULTS: dict[str, float] = {
-    "block": 8, "gmacs": 20.0, "gbytes": 10.0, "node_us": 1.5, "overhead_us": 12.0, "drift": 0.12, "noise": 0.01,
-    "spells": 0.03, "slowdown": 1.0, "seed": 0,
+    "block": 8, "gmacs": 20.0, "gbytes": 10.0, "node_us": 1.5, "overhead_us": 12.0, "drift": 0.012, "noise": 0.003,
+    "spells": 0.25, "slowdown": 1.0, "seed": 0,
 }  # fmt: skip
 _FAULTS = ("crash_on", "hang_on", "fail_on")
 _TEXTS = ("version", *_FAULTS)
@@ -164,9 +164,9 @@ class Bench:
         return np.exp(self.options["noise"] * self._rng.standard_normal(count))
 
     def _slowness(self, seconds: float) -> float:
-        """Time per work at a moment, 1 at reference speed: two waves of drift, and slow spells of a second."""
+        """Time per work at a moment, 1 at reference speed: two waves of drift, and spells of a tenth of a second."""
         wave = 0.7 * self._wave(seconds, 2.5) + 0.3 * self._wave(seconds, 0.3)
-        spell = 1.5 if self._unit(int(seconds), 7) < self.options["spells"] else 1.0
+        spell = 1.5 if self._unit(int(10 * seconds), 7) < self.options["spells"] else 1.0
         return self.options["slowdown"] * spell * (1 + self.options["drift"] * wave)
 
     def _wave(self, seconds: float, period: float) -> float:

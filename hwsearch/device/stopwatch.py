@@ -1,15 +1,22 @@
 """The one stopwatch: profiling, measuring in a search and verifying all get their milliseconds here.
 
-The whole machine changes speed for seconds at a time, so a plain median repeats only within 10 to 30 %. Therefore every
-reading of a network stands between two readings of a small fixed network, the *canary*; networks are interleaved in
-random order; and the estimate is::
+Shared machines change speed within milliseconds and for seconds at a time, so a plain median repeats only within 10 to
+30 %. Disturbed, networks slow down by unlike factors (one by 1.2, the next by 1.6, at the same moment), so nothing can
+be divided out then; *undisturbed*, they repeat to a per cent. Therefore every reading of a network stands between two
+readings of a small fixed network, the *canary*; networks are interleaved in random order; the stopwatch waits for
+moments in which the canary is as fast as it ever is (``reference_ms``, found when the device was checked), and the
+estimate is::
 
-    measured_ms = median over kept rounds of (time / mean canary before and after) x reference_ms
+    measured_ms = low quantile over rounds near the reference of (fastest run / mean canary before and after)
+                  x reference_ms
 
-with ``reference_ms`` the canary's median when the device was checked. Raw percentiles, uncorrected and over every
-timed run, stand beside it. While the canary is slower than ``canary_limit`` times the reference the stopwatch waits for
-better times; a round that ran in such a time is discarded; too few good rounds are a :class:`NoisyDeviceError`, never a
-number.
+A round is *near* when both of its canary readings are within ``near_limit`` times the reference. Even then a neighbour
+that the canary does not feel can disturb a network, only ever to the slow side: hence fastest runs and a low quantile.
+On a machine that is never at its reference speed there are no near rounds; after some patience the estimate falls back
+to the median of the ratios of all rounds within ``canary_limit``, which is right to several per cent. A round slower
+than that is discarded, and too few good rounds are a :class:`NoisyDeviceError`, never a number.
+
+Raw percentiles, uncorrected and over every timed run, stand beside it.
 
 Pure: the clock and the programs come from outside, so a fake clock tests it and the simulated device uses it as it is.
 Runs on the device: standard library and numpy only.
@@ -34,6 +41,9 @@ if TYPE_CHECKING:
 
 Clock: TypeAlias = Callable[[], int]  # nanoseconds since some fixed moment
 
+_LOW = 0.1  # quantile over near rounds: disturbances only ever add time
+_NEAR_WAIT_NS = 1_500_000_000  # longest wait for the reference speed at a time ...
+_NEAR_REST_NS = 10_000_000_000  # ... and for how long it is not waited for again after a wait in vain
 _BOOTSTRAP = 300  # resamples of a confidence interval
 _FRESH_NS = 3_000_000  # a canary reading older than this says nothing about now
 
@@ -53,13 +63,15 @@ class StopwatchSettings:
         pool: networks interleaved with each other (memory, against neighbours in time).
         warmup_seconds: longest warm-up of a network; it ends early once two successive runs agree.
         reading_ms: a reading repeats the network until it lasts about this long.
-        runs_per_reading: but at least so often; the reading is the median of its runs.
-        rounds_min, rounds_max: kept rounds before the stop rule is asked, and rounds at most.
+        runs_per_reading: but at least so often; the reading is the fastest of its runs.
+        canary_reading_ms: the same for the canary, after one untimed run.
+        rounds_min, rounds_max: near rounds before the stop rule is asked, and rounds at most.
         target_spread: stop once the relative 95 % half-width is below this.
         seconds_min, seconds_max: device time on one network before the stop rule is asked (the state of a moment is not
             the average), and at most.
-        canary_limit: a round whose canary exceeds this times the reference is discarded.
-        good_min: fewer kept rounds than this are no measurement.
+        near_limit: a round is at reference speed when neither canary reading exceeds this times the reference.
+        canary_limit: a round whose canary exceeds this times the reference on the mean is discarded.
+        good_min: fewer near rounds than this do not count as such; fewer kept rounds are no measurement.
         patience_seconds: how long to wait, at a time, for a slow machine to recover.
         profile_runs: runs under the runtime's profiler for the shares of the nodes.
         seed: of the order and of the bootstrap.
@@ -69,13 +81,15 @@ class StopwatchSettings:
     warmup_seconds: float = 0.05
     reading_ms: float = 4.0
     runs_per_reading: int = 3
-    rounds_min: int = 11
-    rounds_max: int = 21
+    canary_reading_ms: float = 1.0
+    rounds_min: int = 8
+    rounds_max: int = 60
     target_spread: float = 0.015
     seconds_min: float = 0.0
     seconds_max: float = 2.0
+    near_limit: float = 1.02
     canary_limit: float = 1.25
-    good_min: int = 5
+    good_min: int = 4
     patience_seconds: float = 6.0
     profile_runs: int = 24
     seed: int = 0
@@ -85,12 +99,17 @@ class StopwatchSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"stopwatch setting {name} is {value!r}; use a whole number of at least 1")
-        for name in ("warmup_seconds", "reading_ms", "target_spread", "seconds_min", "seconds_max", "patience_seconds"):
+        numbers = (
+            "warmup_seconds", "reading_ms", "canary_reading_ms", "target_spread", "seconds_min", "seconds_max",
+            "patience_seconds",
+        )  # fmt: skip
+        for name in numbers:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise InputError(f"stopwatch setting {name} is {value!r}; use a finite number of at least 0")
-        if not self.canary_limit > 1:
-            raise InputError(f"stopwatch setting canary_limit is {self.canary_limit!r}; use a number above 1")
+        for name in ("near_limit", "canary_limit"):
+            if not getattr(self, name) > 1:
+                raise InputError(f"stopwatch setting {name} is {getattr(self, name)!r}; use a number above 1")
         if not self.good_min <= self.rounds_min <= self.rounds_max:
             raise InputError(
                 "stopwatch settings need good_min <= rounds_min <= rounds_max, not "
@@ -100,17 +119,28 @@ class StopwatchSettings:
 
 PROFILE = StopwatchSettings()
 MEASURE = StopwatchSettings(
-    warmup_seconds=0.2, reading_ms=5.0, runs_per_reading=5, rounds_min=25, rounds_max=500, target_spread=0.01,
-    seconds_min=2.0, seconds_max=10.0, good_min=10, patience_seconds=20.0, profile_runs=50,
+    warmup_seconds=0.2, reading_ms=5.0, runs_per_reading=5, rounds_min=15, rounds_max=500, target_spread=0.01,
+    seconds_min=2.0, seconds_max=10.0, good_min=6, patience_seconds=20.0, profile_runs=50,
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One round of one network: its time, and the canary's mean time just before and just after."""
+    """One round of one network: its fastest run, and the canary's just before and just after."""
 
     time_ms: float
-    canary_ms: float
+    before_ms: float
+    after_ms: float
+
+    @property
+    def canary_ms(self) -> float:
+        """The canary's mean."""
+        return (self.before_ms + self.after_ms) / 2
+
+    @property
+    def ratio(self) -> float:
+        """The network's time in canaries."""
+        return self.time_ms / self.canary_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +152,9 @@ class Timing:
         measured_ms: time at the device's reference speed (see the module).
         raw_p50_ms, raw_p90_ms: percentiles of every timed run, uncorrected, discarded rounds included.
         spread: relative half-width of the 95 % bootstrap interval of ``measured_ms``.
-        rounds, discarded: rounds kept, and rounds thrown away because the canary was slow.
-        canary_ms: the canary's median in the kept rounds.
+        rounds, discarded: rounds that the estimate is made of, and rounds in which the canary was too slow for that.
+        canary_ms: the canary's median in the former.
+        near: whether they were near the reference speed; if not, the estimate is the coarser one.
         node_shares: share of each node of the optimised graph, summing to 1; keyed by ``Kernel.node`` and in the order
             of ``kernels``. Empty unless asked for.
         seconds: device time that this network cost: loading, warm-up, its part of the canary, waiting for better times.
@@ -138,6 +169,7 @@ class Timing:
     rounds: int
     discarded: int
     canary_ms: float
+    near: bool = True
     node_shares: tuple[tuple[str, float], ...] = ()
     seconds: float = 0.0
     kernels: tuple[Kernel, ...] = ()
@@ -145,15 +177,15 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class CanaryReference:
-    """The canary alone for some seconds: ``median_ms`` is the reference speed of a device.
+    """The canary alone for some seconds: ``fast_ms`` (its 5th percentile) is the reference speed of a device.
 
-    ``spread`` is (p90 - p10) / median; ``slow`` the share of readings above 1.25 times the median.
+    ``spread`` is (p90 - p10) / median; ``disturbed`` the share of readings above ``near_limit`` times ``fast_ms``.
     """
 
+    fast_ms: float
     median_ms: float
-    best_ms: float
     spread: float
-    slow: float
+    disturbed: float
     readings: int
 
 
@@ -202,6 +234,7 @@ class Stopwatch:
         self._canary_repeats = 0
         self._canary_last: tuple[int, float] | None = None  # when it ended, what it read
         self._slow_since: int | None = None  # since when the canary has been too slow without a break
+        self._in_vain: int | None = None  # when the reference speed was last waited for in vain
 
     def time(
         self, networks: Iterable[tuple[str, Callable[[], Program]]], release: Callable[[int], None] = lambda index: None
@@ -255,9 +288,9 @@ class Stopwatch:
             while len(readings) < 20 or self.clock() - start < seconds * 1e9:
                 readings.append(self._read_canary(fresh=True))
         values = np.array(readings)
-        p10, median, p90 = np.percentile(values, [10, 50, 90])
-        slow = float(np.mean(values > self.settings.canary_limit * median))
-        return CanaryReference(float(median), float(values.min()), float((p90 - p10) / median), slow, len(readings))
+        fast, p10, median, p90 = (float(p) for p in np.percentile(values, [5, 10, 50, 90]))
+        disturbed = float(np.mean(values > self.settings.near_limit * fast))
+        return CanaryReference(fast, median, (p90 - p10) / median, disturbed, len(readings))
 
     def _enter(self, index: int, name: str, load: Callable[[], Program]) -> _Running:
         """Loads and warms a network up: until two successive runs agree within 2 % or the time is over."""
@@ -271,7 +304,7 @@ class Stopwatch:
             if abs(duration - previous) <= 0.02 * duration or self.clock() - begun > self.settings.warmup_seconds * 1e9:
                 break
             previous = duration
-        running.repeats = self._repeats(best)
+        running.repeats = self._repeats(best, self.settings.reading_ms)
         running.cost_ns = self.clock() - start
         return running
 
@@ -284,21 +317,30 @@ class Stopwatch:
         times = self._read(running.program, running.repeats)
         after = self._read_canary(fresh=True)
         running.runs_ms.extend(times)
-        running.readings.append(Reading(_middle(times), (before + after) / 2))
+        running.readings.append(Reading(min(times), before, after))
         running.cost_ns += self.clock() - start
 
     def _wait(self) -> float:
-        """The canary's reading once the machine is at speed, or whatever it is when patience is over."""
+        """The canary's reading once the machine is at its reference speed, or whatever it is when patience is over."""
         value = self._read_canary()
         if self.reference_ms is None:
             return value
-        while value > self.settings.canary_limit * self.reference_ms:
+        start = self.clock()
+        near, slow = self.settings.near_limit * self.reference_ms, self.settings.canary_limit * self.reference_ms
+        while value > near:
             now = self.clock()
-            self._slow_since = now if self._slow_since is None else self._slow_since
-            if now - self._slow_since > self.settings.patience_seconds * 1e9:
-                return value  # a machine that stays slow is not waited for again and again
+            if value <= slow:
+                self._slow_since = None
+                resting = self._in_vain is not None and now - self._in_vain < _NEAR_REST_NS
+                if resting or now - start > min(_NEAR_WAIT_NS, self.settings.patience_seconds * 1e9):
+                    self._in_vain = self._in_vain if resting else now
+                    return value
+            else:
+                self._slow_since = now if self._slow_since is None else self._slow_since
+                if now - self._slow_since > self.settings.patience_seconds * 1e9:
+                    return value  # a machine that stays slow is not waited for again and again
             value = self._read_canary(fresh=True)
-        self._slow_since = None
+        self._slow_since = self._in_vain = None
         return value
 
     def _finished(self, running: _Running) -> Timing | None:
@@ -308,8 +350,13 @@ class Stopwatch:
             NoisyDeviceError: the limits are reached and too few rounds were good.
         """
         settings, done = self.settings, len(running.readings)
-        kept, reference = self._kept(running)
+        reference = self.reference_ms or min(reading.canary_ms for reading in running.readings)
+        near = [r for r in running.readings if max(r.before_ms, r.after_ms) <= settings.near_limit * reference]
+        kept, low = near, _LOW
         over = done >= settings.rounds_max or running.cost_ns > settings.seconds_max * 1e9
+        if over and len(near) < settings.good_min:
+            kept = [r for r in running.readings if r.canary_ms <= settings.canary_limit * reference]
+            low = 0.5  # disturbed networks are right on the average only
         if over and len(kept) < settings.good_min:
             # slow rounds are no reason to give up at once; a slow network still gets its few rounds
             if done < 2 * settings.rounds_max and (
@@ -326,42 +373,39 @@ class Stopwatch:
         if not over and (early or done < running.next_check):
             return None
         running.next_check = done + max(2, done // 8)  # bootstrapping is dear: ask ever more seldom
-        ratios = np.array([reading.time_ms / reading.canary_ms for reading in kept])
-        spread = bootstrap_spread(ratios, settings.seed)
+        ratios = np.array([reading.ratio for reading in kept])
+        spread = bootstrap_spread(ratios, settings.seed, low)
         if not over and spread > settings.target_spread:
             return None
         p50, p90 = np.percentile(running.runs_ms, [50, 90])
         return Timing(
             network=running.name,
-            measured_ms=float(np.median(ratios)) * reference,
+            measured_ms=float(np.quantile(ratios, low)) * reference,
             raw_p50_ms=float(p50),
             raw_p90_ms=float(p90),
             spread=spread,
             rounds=len(kept),
             discarded=done - len(kept),
             canary_ms=_middle([reading.canary_ms for reading in kept]),
+            near=kept is near,
             seconds=(running.cost_ns + running.waited_ns) / 1e9,
         )
 
-    def _kept(self, running: _Running) -> tuple[list[Reading], float]:
-        reference = self.reference_ms or _middle([reading.canary_ms for reading in running.readings])
-        limit = self.settings.canary_limit * reference
-        return [reading for reading in running.readings if reading.canary_ms <= limit], reference
-
     def _read_canary(self, fresh: bool = False) -> float:
-        """The canary's milliseconds now; a reading that ended a moment ago is still good unless ``fresh``."""
+        """The canary's fastest run now, ms; a reading that ended a moment ago is still good unless ``fresh``."""
         if not self._canary_repeats:
             self.touch(-1)
-            self._canary_repeats = self._repeats(min(self._run(self.canary) for _ in range(20)))
+            fastest = min(self._run(self.canary) for _ in range(20))
+            self._canary_repeats = self._repeats(fastest, self.settings.canary_reading_ms)
         if not fresh and self._canary_last is not None and self.clock() - self._canary_last[0] <= _FRESH_NS:
             return self._canary_last[1]
         self.touch(-1)
-        value = _middle(self._read(self.canary, self._canary_repeats))
+        value = min(self._read(self.canary, self._canary_repeats))
         self._canary_last = self.clock(), value
         return value
 
-    def _repeats(self, duration_ms: float) -> int:
-        wanted = math.ceil(self.settings.reading_ms / max(duration_ms, 1e-4))
+    def _repeats(self, duration_ms: float, reading_ms: float) -> int:
+        wanted = math.ceil(reading_ms / max(duration_ms, 1e-4))
         return min(max(wanted, self.settings.runs_per_reading), 1000)
 
     def _read(self, program: Program, repeats: int) -> list[float]:
@@ -375,13 +419,13 @@ class Stopwatch:
         return (self.clock() - start) / 1e6
 
 
-def bootstrap_spread(values: np.ndarray, seed: int) -> float:
-    """Relative half-width of the 95 % bootstrap interval of the median of ``values`` (n,); infinite for one value."""
+def bootstrap_spread(values: np.ndarray, seed: int, quantile: float = 0.5) -> float:
+    """Relative half-width of the 95 % bootstrap interval of a quantile of ``values`` (n,); infinite for one value."""
     if len(values) < 2:
         return math.inf
     picks = np.random.default_rng(seed).integers(0, len(values), size=(_BOOTSTRAP, len(values)))
-    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
-    return float((high - low) / 2 / np.median(values))
+    low, high = np.percentile(np.quantile(values[picks], quantile, axis=1), [2.5, 97.5])
+    return float((high - low) / 2 / np.quantile(values, quantile))
 
 
 def _middle(values: list[float]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hwsearch.errors import InputError
-from hwsearch.latency.predictor import LatencyPredictor, conformal
+from hwsearch.latency.predictor import LatencyPredictor, fit_intervals
 from hwsearch.latency.rivals import rival_predictions
 from hwsearch.latency.table import LatencyTable
 from hwsearch.latency.training import Rows
@@ -107,12 +107,14 @@ class ErrorCard:
             )
         if len(checked.fold) != len(rows.nodes) or not np.array_equal(checked.measured_ms, rows.measured_ms):
             raise InputError("the table is not the one that this predictor was fitted on; fit it again")
-        inside, width = _intervals(checked)
         families = source_folds(rows)
+        other: OutOfFold | None = getattr(predictor, "family_validation_", None)
+        if other is None and families.any():
+            other = out_of_fold(rows, families, settings, progress, "families held out")
+        inside, width = _judge(checked, checked, other)
         left_out = None
-        if families.max() > 0:
-            other = out_of_fold(rows, families, settings, progress)
-            left_out = ErrorRow.of(other.predicted_ms, other.measured_ms, _intervals(checked, other)[0])
+        if other is not None:
+            left_out = ErrorRow.of(other.predicted_ms, other.measured_ms, _judge(other, checked, other)[0])
         others = rival_predictions(rows, checked.fold, progress)
         kernel_family = np.array([k.family for k in rows.kernels], dtype=object)[rows.kernel]
         return cls(
@@ -191,18 +193,17 @@ def _line(name: str, row: ErrorRow, *, interval: bool = True) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _intervals(calibrated_on: OutOfFold, judged: OutOfFold | None = None) -> tuple[np.ndarray, float]:
+def _judge(judged: OutOfFold, checked: OutOfFold, left_out: OutOfFold | None) -> tuple[np.ndarray, float]:
     """Which networks lie in their 90 % interval, (M,), and the median relative half-width.
 
-    Networks judge themselves by the errors of the other folds; others by all errors.
+    The networks of a fold are judged by intervals fitted on the errors of the others.
     """
-    errors = calibrated_on.log_error
-    target = errors if judged is None else judged.log_error
-    inside, widths = np.zeros(len(target), dtype=bool), []
-    for number in range(int(calibrated_on.fold.max()) + 1) if judged is None else [-1]:
-        held = calibrated_on.fold == number if judged is None else np.ones(len(target), dtype=bool)
-        rest = ~held if judged is None and not held.all() else np.ones(len(errors), dtype=bool)
-        low, high = conformal(np.sort(errors[rest]), _LEVEL)
-        inside[held] = (target[held] >= min(low, 0.0)) & (target[held] <= max(high, 0.0))
-        widths.append((np.exp(high) - np.exp(low)) / 2)
-    return inside, float(np.median(widths))
+    inside, width = np.zeros(len(judged.fold), dtype=bool), np.zeros(len(judged.fold))
+    for number in range(int(judged.fold.max()) + 1):
+        held = judged.fold == number
+        low, high = fit_intervals(checked, left_out, ~held if not held.all() else held).log_bounds(
+            judged.novelty[held], _LEVEL
+        )
+        inside[held] = (judged.log_error[held] >= low) & (judged.log_error[held] <= high)
+        width[held] = (np.exp(high) - np.exp(low)) / 2
+    return inside, float(np.median(width))

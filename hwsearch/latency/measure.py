@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +14,7 @@ from hwsearch.errors import InputError, NoisyDeviceError
 
 #: Agents in turn: where a process finds its memory moves all its times by a per cent or two, as long as it lives.
 AGENTS = 3
-#: A round counts at first only while the canary is below this times the reference; waited for so many seconds.
-NEAR, NEAR_PATIENCE_S = 1.08, 10.0
-#: Above these a measurement is called noisy: share of discarded rounds, and spread where no noise floor is given.
-DISCARD_LIMIT = 0.3
+#: Above this spread a measurement is called noisy where no noise floor is given.
 SPREAD_LIMIT = 0.05
 
 
@@ -27,12 +23,13 @@ class Measurement:
     """What was measured.
 
     Attributes:
-        measured_ms: time at the device's reference speed (the canary's median at ``device check``).
+        measured_ms: time at the device's reference speed (undisturbed: see ``device/stopwatch.py``).
         raw_p50_ms, raw_p90_ms: percentiles of the uncorrected runs, discarded rounds included.
         spread: relative half-width of ``measured_ms``: of its 95 % interval, or between the agents where that is more.
-        rounds, discarded: rounds kept, and rounds in which the machine was too slow to count.
+        rounds, discarded: rounds that count, and rounds in which the machine was disturbed.
         canary_ms: the canary's median in the kept rounds.
-        verdict: ``"steady"``, or ``"noisy"`` when many rounds were discarded or the spread is above the noise floor.
+        verdict: ``"steady"``, or ``"noisy"`` when an agent found no moment at reference speed or the spread is above the
+            noise floor.
     """
 
     measured_ms: float
@@ -108,27 +105,9 @@ def measure_many(
             seconds_max=settings.seconds_max / agents,
             rounds_min=max(settings.good_min, math.ceil(settings.rounds_min / agents)),
         )
-        for timing in _near_reference(networks, session, reference_ms, own):
+        for timing in session.time(networks, reference_ms=reference_ms, settings=own):
             found[timing.network].append(timing)
     return [_combined(timings, noise_floor) for timings in found.values()]
-
-
-def _near_reference(
-    networks: Sequence[tuple[str, bytes]],
-    session: DeviceSession,
-    reference_ms: float | None,
-    settings: StopwatchSettings,
-) -> list[Timing]:
-    """Timings from the moments in which the machine is near its reference speed; from all that count where it never is.
-
-    The canary does not slow down quite as much as every network does, so the correction is best where it is small.
-    """
-    if reference_ms is not None:
-        patience = min(settings.patience_seconds, NEAR_PATIENCE_S)
-        near = replace(settings, canary_limit=min(settings.canary_limit, NEAR), patience_seconds=patience)
-        with contextlib.suppress(NoisyDeviceError):
-            return list(session.time(networks, reference_ms=reference_ms, settings=near))
-    return list(session.time(networks, reference_ms=reference_ms, settings=settings))
 
 
 def _combined(timings: list[Timing], noise_floor: float | None) -> Measurement:
@@ -139,7 +118,7 @@ def _combined(timings: list[Timing], noise_floor: float | None) -> Measurement:
     spread = max(between, float(np.median([timing.spread for timing in timings])))
     rounds, discarded = sum(t.rounds for t in timings), sum(t.discarded for t in timings)
     limit = SPREAD_LIMIT if noise_floor is None else max(noise_floor, 0.02)
-    noisy = spread > limit or discarded > DISCARD_LIMIT * (rounds + discarded)
+    noisy = spread > limit or not all(timing.near for timing in timings)
     return Measurement(
         measured_ms=measured_ms,
         raw_p50_ms=float(np.median([timing.raw_p50_ms for timing in timings])),

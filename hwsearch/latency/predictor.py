@@ -29,13 +29,21 @@ from hwsearch.errors import InputError, SchemaError
 from hwsearch.graph.kernel import FAMILIES, Kernel
 from hwsearch.latency.boosting import BoostSettings
 from hwsearch.latency.features import weight_mb
+from hwsearch.latency.interval import Intervals, Profiled
 from hwsearch.latency.model import KernelModel
 from hwsearch.latency.table import LatencyTable, read_manifest, write_atomic
 from hwsearch.latency.training import Rows
-from hwsearch.latency.validation import Calibration, OutOfFold, Progress, out_of_fold, random_folds
+from hwsearch.latency.validation import (
+    Calibration,
+    OutOfFold,
+    Progress,
+    out_of_fold,
+    random_folds,
+    source_folds,
+)
 
 SCHEMA = "hwsearch.predictor"
-VERSION = 1
+VERSION = 2
 _REMEDY = "run `hwsearch fit` to make one"
 
 #: A predictor holds for one setting of each of these; the rest of a fingerprint may differ.
@@ -75,8 +83,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
     """Milliseconds of kernels and networks on one device.
 
     ``ms = a * sum_i base(i) * exp(trees(i)) + b * nodes + c``: an analytic base per kernel family, XGBoost on what it
-    leaves (``boosting.py``), and a calibration on networks predicted out of fold. Intervals are conformal: quantiles
-    of the out-of-fold errors of whole networks.
+    leaves (``boosting.py``), and a calibration on networks predicted out of fold. Intervals are conformal, on
+    out-of-fold errors of whole networks, and wider for networks unlike the profiled ones.
 
     Args:
         rounds: boosting rounds (0: the analytic base alone).
@@ -91,7 +99,9 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         model_: the kernel model fitted on the whole table.
         calibration_: a, b and c.
         log_errors_: log(measured / predicted) of every network while its fold was held out, sorted.
-        cross_validation_: those predictions in full (not saved; the card is made of them).
+        cross_validation_, family_validation_: those predictions in full, and those with whole source families held
+            out, None where there is one family only (not saved; the card is made of them).
+        intervals_, profiled_: how errors grow with novelty, and what was profiled (``interval.py``).
         fingerprint_, device_, reference_ms_, noise_floor_, networks_, kernels_: of the table.
     """
 
@@ -151,13 +161,18 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         rows = Rows.of(table.networks)
         fold = random_folds(len(table.networks), self.folds, self.seed)
         checked = out_of_fold(rows, fold, settings, progress)
+        families = source_folds(rows)
+        left_out = out_of_fold(rows, families, settings, progress, "families held out") if families.any() else None
         if progress is not None:
-            progress(self.folds, self.folds + 1, "fitting on the whole table")
+            progress(1, 1, "fitting on the whole table")
         self.model_ = KernelModel.fit(rows, settings)
         overhead = self.model_.overhead_ms
         self.calibration_ = Calibration.fit(checked.total_ms, rows.nodes, rows.measured_ms, overhead)
         self.log_errors_ = np.round(np.sort(checked.log_error), 6)  # as saved: a loaded predictor answers alike
         self.cross_validation_: OutOfFold = checked
+        self.family_validation_: OutOfFold | None = left_out
+        self.profiled_ = Profiled.of(rows.kernels)
+        self.intervals_ = fit_intervals(checked, left_out)
         self.p90_ = _p90_line(table)
         self.device_ = table.device
         self.fingerprint_ = table.fingerprint
@@ -222,7 +237,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         guessed = sum(float(ms) for ms, doubt in zip(kernel_ms, doubts, strict=True) if doubt)
         ms = float(kernel_ms.sum()) + self.overhead_ms
         coverage = 1 - guessed / float(kernel_ms.sum())
-        low, high = self.interval(np.array([ms]), np.array([coverage]), level)
+        novelty = float((self.profiled_.novelty(kernels) * kernel_ms).sum() / kernel_ms.sum())
+        low, high = self.interval(np.array([ms]), np.array([coverage]), level, np.array([novelty]))
         p90 = self.p90_ms(np.array([ms]))
         times = tuple(map(float, kernel_ms))
         return NetworkEstimate(ms, float(low[0]), float(high[0]), float(p90[0]), coverage, unknown, times)
@@ -236,13 +252,16 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         ms = np.asarray(ms, dtype=np.float64)
         return np.asarray(ms * np.exp(np.maximum(self.p90_[0] + self.p90_[1] * np.log(np.maximum(ms, 1e-6)), 0.0)))
 
-    def interval(self, ms: np.ndarray, coverage: np.ndarray, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+    def interval(
+        self, ms: np.ndarray, coverage: np.ndarray, level: float = 0.9, novelty: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Interval of predicted networks.
 
         Args:
             ms: predictions, (M,).
             coverage: share of each that comes from known kernels, (M,); the rest widens the interval.
             level: probability, in (0, 1).
+            novelty: of each, (M,), see ``interval.py``; None is 0: networks of a space that was profiled.
 
         Returns:
             (low_ms, high_ms), each (M,).
@@ -250,10 +269,10 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         self._fitted()
         if not (isinstance(level, Real) and 0 < level < 1):
             raise InputError(f"interval level is {level!r}; use a number between 0 and 1, such as 0.9")
-        low, high = conformal(self.log_errors_, float(level))
+        low, high = self.intervals_.log_bounds(np.zeros(len(ms)) if novelty is None else novelty, float(level))
         guess = 1 - np.clip(coverage, 0, 1)
-        low_ms = ms * np.minimum(math.exp(low), 1.0) * (1 - guess * (1 - 1 / _GUESS))
-        return low_ms, ms * max(math.exp(high), 1.0) * (1 + guess * (_GUESS - 1))
+        low_ms = ms * np.exp(low) * (1 - guess * (1 - 1 / _GUESS))
+        return low_ms, ms * np.exp(high) * (1 + guess * (_GUESS - 1))
 
     def save(self, folder: str | Path) -> None:
         """Write ``manifest.json`` and one XGBoost UBJ file a family.
@@ -277,6 +296,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             "calibration": asdict(self.calibration_),
             "log_errors": self.log_errors_.tolist(),
             "p90": list(self.p90_),
+            "intervals": {"a": self.intervals_.a, "b": self.intervals_.b, "scores": self.intervals_.scores.tolist()},
+            "profiled": self.profiled_.to_dict(),
             "model": document,
         }
         folder = Path(folder)
@@ -312,6 +333,10 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             predictor.model_ = KernelModel.from_files(manifest["model"], _files(folder, manifest["model"]["files"]))
             predictor.calibration_ = Calibration(**{k: float(v) for k, v in manifest["calibration"].items()})
             predictor.log_errors_ = np.sort(np.array(manifest["log_errors"], dtype=np.float64))
+            fitted = manifest["intervals"]
+            scores = np.array(fitted["scores"], dtype=np.float64)
+            predictor.intervals_ = Intervals(float(fitted["a"]), float(fitted["b"]), np.sort(scores))
+            predictor.profiled_ = Profiled.from_dict(manifest["profiled"])
             start, slope = map(float, manifest["p90"])
             predictor.p90_ = start, slope
             predictor.device_ = str(manifest["device"])
@@ -319,7 +344,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             predictor.reference_ms_ = float(manifest["reference_ms"])
             predictor.noise_floor_ = float(manifest["noise_floor"])
             predictor.networks_, predictor.kernels_ = int(manifest["networks"]), int(manifest["kernels"])
-            if not len(predictor.log_errors_) or not np.isfinite(predictor.log_errors_).all():
+            errors = np.concatenate([predictor.log_errors_, scores])
+            if not len(predictor.log_errors_) or not len(scores) or not np.isfinite(errors).all():
                 raise SchemaError("it has no out-of-fold errors")
         except SchemaError as error:
             raise SchemaError(f"{path}: {error}") from None
@@ -365,6 +391,14 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         return BoostSettings(**{name: getattr(self, name) for name in names})
 
 
+def fit_intervals(checked: OutOfFold, left_out: OutOfFold | None, own: np.ndarray | None = None) -> Intervals:
+    """Intervals from both kinds of held-out errors, of some networks (a mask (M,)) or of all."""
+    sets = [checked] if left_out is None else [checked, left_out]
+    mask = np.ones(len(checked.fold), dtype=bool) if own is None else own
+    errors, novelty = (np.concatenate([getattr(s, name)[mask] for s in sets]) for name in ("log_error", "novelty"))
+    return Intervals.fit(errors, novelty)
+
+
 def _p90_line(table: LatencyTable) -> tuple[float, float]:
     """(start, slope) of log(p90 / p50) over log(ms), robustly (Theil-Sen: the median of slopes, then of levels)."""
     log_ms = np.log([network.measured_ms for network in table.networks])
@@ -376,19 +410,6 @@ def _p90_line(table: LatencyTable) -> tuple[float, float]:
     usable = apart > 1e-9
     slope = float(np.median((ratio[high] - ratio[low])[usable] / apart[usable])) if usable.any() else 0.0
     return round(float(np.median(ratio - slope * log_ms)), 6), round(slope, 6)
-
-
-def conformal(log_errors: np.ndarray, level: float) -> tuple[float, float]:
-    """Lower and upper quantile of sorted errors that a further network's error lies between with probability ``level``.
-
-    Split conformal prediction, both sides on their own: rank ceil((n + 1) (1 - alpha / 2)). Where so extreme a rank
-    does not exist the most extreme error is stretched by half.
-    """
-    count, alpha = len(log_errors), 1 - level
-    rank = math.ceil((count + 1) * (1 - alpha / 2))
-    if rank > count:
-        return min(1.5 * float(log_errors[0]), -0.02), max(1.5 * float(log_errors[-1]), 0.02)
-    return float(log_errors[count - rank]), float(log_errors[rank - 1])
 
 
 def _refuse_other(path: Path, made_for: Fingerprint, now: Fingerprint | None) -> None:

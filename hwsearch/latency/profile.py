@@ -1,8 +1,8 @@
 """The campaign: times the networks of a plan on a device until the time is up, and writes the device's table.
 
-Work goes in steps. Step s visits for the first time the s-th block of the plan's networks, and again the blocks 1, 4
-and 6
-steps back: a network's visits lie apart in time (``visits.py`` says why), and each step ties several blocks together.
+Work goes in steps. Step s visits for the first time the s-th block of the plan's networks, and again every fourth network
+of the block 4 steps back: those second visits, apart in time and in another place of the memory, say how well one visit
+repeats. On a device that repeats badly every network can be visited up to four times (``visits.py`` says what for).
 Every finished visit is committed to a journal at once, so a campaign killed at any moment goes on where it was with the
 same call. What a step holds follows from the plan, and whether there is time for another step from the steps before it;
 so on a device whose times do not depend on what ran before (the simulated one) the table of a campaign that was killed
@@ -39,8 +39,13 @@ BLOCK = 16
 #: Steps from a network's first visit to each of its visits: a perfect ruler, its six distances are all different, so
 #: that the steps of a campaign are tied to each other in as many ways as four visits allow.
 LAGS = (0, 1, 4, 6)
-#: A visit is short: what differs from one load of a network to the next is far more than what rounds average out.
-VISIT = replace(PROFILE, rounds_min=4, rounds_max=6, good_min=3, reading_ms=2.0, warmup_seconds=0.02, profile_runs=12)
+#: Unless told otherwise networks are visited once, but every so-many-th of them twice, so many steps apart.
+RETEST_EVERY, RETEST_LAG = 4, 4
+#: A visit is short: what differs from one load of a network to the next is more than what rounds average out.
+VISIT = replace(
+    PROFILE, rounds_min=5, rounds_max=24, good_min=3, reading_ms=2.0, target_spread=0.02, seconds_max=0.6,
+    warmup_seconds=0.02, profile_runs=12,
+)  # fmt: skip
 #: Fields of the fingerprint that may change within a campaign without its numbers losing their meaning.
 _HARMLESS = ("system", "governor")
 
@@ -54,27 +59,28 @@ class _Campaign:
     plan: SamplingPlan
     reference_ms: float
     settings: StopwatchSettings
-    visits: int
+    visits: int | None
     networks: int | None
     budget_s: float
     tell: Progress
 
     def slots(self, step: int) -> list[Slot]:
         """The visits of a step, (place, visit); none when everything was visited."""
-        blocks = [(step - lag, visit) for visit, lag in enumerate(LAGS[: self.visits])]
+        lags = (0, RETEST_LAG) if self.visits is None else LAGS[: self.visits]
         return [
             (place, visit)
-            for block, visit in blocks
-            if block >= 0
-            for place in range(block * BLOCK, (block + 1) * BLOCK)
-            if self.networks is None or place < self.networks
+            for visit, lag in enumerate(lags)
+            if step >= lag
+            for place in range((step - lag) * BLOCK, (step - lag + 1) * BLOCK)
+            if (self.networks is None or place < self.networks)
+            and (visit == 0 or self.visits is not None or place % RETEST_EVERY == 0)
         ]
 
     def last_step(self) -> float:
         """Number of the last step that has a visit to make."""
         if self.networks is None:
             return math.inf
-        return (self.networks - 1) // BLOCK + LAGS[self.visits - 1]
+        return (self.networks - 1) // BLOCK + (RETEST_LAG if self.visits is None else LAGS[self.visits - 1])
 
 
 def profile(
@@ -106,7 +112,8 @@ def profile(
         progress: told (networks done, seconds spent, seconds planned, message).
         session: an open session to use.
         settings: how carefully to time at each visit.
-        visits: to each network, 1 to 4; None is 4, and 1 on a simulated device, where every visit finds the same.
+        visits: to each network, 1 to 4; None is 1, and again to every fourth, to learn how well a visit repeats (on a
+            simulated device every visit finds the same: 1).
 
     Raises:
         InputError: values that make no sense, a folder that cannot be written, a journal of another runtime or CPU.
@@ -140,7 +147,7 @@ def profile(
                 f"{device.name} is too noisy to be profiled ({'; '.join(check.messages)}): stop other work, then run"
                 f" `hwsearch device check {device.name}`"
             )
-        times = visits or (1 if device.simulated else len(LAGS))
+        times = 1 if visits is None and device.simulated else visits
         campaign = _Campaign(
             session, journal, plan, check.reference_ms, settings, times, networks, 60 * minutes, tell
         )  # fmt: skip

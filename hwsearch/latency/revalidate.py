@@ -70,7 +70,7 @@ class Revalidation:
         networks: how many were timed again.
         median_ratio: of now / table, both at the table's reference speed.
         factor: what every time is multiplied by now, the machine's own speed included where that changed.
-        speed: the canary's median now over the table's reference: above 1 is slower.
+        speed: the canary's undisturbed time now over the table's reference: above 1 is slower.
         p95: 95th percentile of how far a network's ratio is from the median, relative.
         noise_floor: the table's.
         families: every family with enough networks; ``moved`` names those that moved against the rest.
@@ -132,7 +132,7 @@ def revalidate(
     known = {sample.id: sample for sample in table.networks}
     with nullcontext() if session.device.simulated else timing_lock(tell):
         tell(f"device {table.device}: timing the canary for {CANARY_SECONDS:g} s")
-        now_ms = session.calibrate_canary(CANARY_SECONDS).median_ms
+        now_ms = session.calibrate_canary(CANARY_SECONDS).fast_ms
         visits, failed = _time(chosen, session, now_ms, tell)
     if len(visits) < max(networks // 2, 1) and not failed:
         raise NoisyDeviceError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwsearch.latency.boosting import BoostSettings
+from hwsearch.latency.interval import Profiled
 from hwsearch.latency.model import KernelModel
 from hwsearch.latency.training import Rows
 
@@ -69,6 +70,7 @@ class OutOfFold:
         kernel_ms: of each row, (R,).
         kernel_seen_ms: what the profiler would have shown of it, (R,), to be compared with ...
         kernel_observed_ms: what it showed, (R,).
+        novelty: of each network against the kernels of the other folds, (M,), see ``interval.py``.
     """
 
     fold: np.ndarray
@@ -79,6 +81,7 @@ class OutOfFold:
     kernel_ms: np.ndarray
     kernel_seen_ms: np.ndarray
     kernel_observed_ms: np.ndarray
+    novelty: np.ndarray
 
     @property
     def log_error(self) -> np.ndarray:
@@ -96,7 +99,13 @@ def source_folds(rows: Rows) -> np.ndarray:
     return np.asarray(np.unique(rows.source, return_inverse=True)[1])
 
 
-def out_of_fold(rows: Rows, fold: np.ndarray, settings: BoostSettings, progress: Progress | None = None) -> OutOfFold:
+def out_of_fold(
+    rows: Rows,
+    fold: np.ndarray,
+    settings: BoostSettings,
+    progress: Progress | None = None,
+    title: str = "cross-validation",
+) -> OutOfFold:
     """Fit once a fold, on all others, and predict it.
 
     Args:
@@ -104,14 +113,15 @@ def out_of_fold(rows: Rows, fold: np.ndarray, settings: BoostSettings, progress:
         fold: fold of each network, (M,); with a single fold nothing can be held out and it predicts itself.
         settings: of the trees.
         progress: told (folds done, folds, message).
+        title: begins the message.
     """
     networks, count = len(fold), int(fold.max()) + 1
-    total, overhead = np.zeros(networks), np.zeros(networks)
+    total, overhead, novelty = np.zeros(networks), np.zeros(networks), np.zeros(networks)
     kernel = np.zeros(len(rows.kernel))
     seen, observed = np.zeros(len(rows.kernel)), np.zeros(len(rows.kernel))
     for number in range(count):
         if progress is not None:
-            progress(number, count, f"cross-validation: fold {number + 1} of {count}")
+            progress(number, count, f"{title}: fold {number + 1} of {count}")
         held = fold == number if count > 1 else np.ones(networks, dtype=bool)
         model = KernelModel.fit(rows.only(~held) if count > 1 else rows, settings)
         own = held[rows.network]
@@ -121,10 +131,20 @@ def out_of_fold(rows: Rows, fold: np.ndarray, settings: BoostSettings, progress:
         observed[own] = rows.observed_ms(model.profiler_ms, model.overhead_ms)[own]
         total[held] = np.bincount(rows.network[own], kernel[own], minlength=networks)[held]
         overhead[held] = model.overhead_ms
+        novelty[held] = _novelty(rows, ~held if count > 1 else held, kernel)[held]
     predicted = np.zeros(networks)
     for number in range(count):
         held = fold == number
         rest = ~held if count > 1 else held
         calibration = Calibration.fit(total[rest], rows.nodes[rest], rows.measured_ms[rest], float(np.median(overhead)))
         predicted[held] = calibration.apply(total[held], rows.nodes[held])
-    return OutOfFold(fold, predicted, total, overhead, rows.measured_ms, kernel, seen, observed)
+    return OutOfFold(fold, predicted, total, overhead, rows.measured_ms, kernel, seen, observed, novelty)
+
+
+def _novelty(rows: Rows, training: np.ndarray, kernel_ms: np.ndarray) -> np.ndarray:
+    """Novelty of each network, (M,), against the kernels of the ``training`` ones (a mask (M,))."""
+    known = Profiled.of([rows.kernels[index] for index in np.unique(rows.kernel[training[rows.network]])])
+    each = known.novelty(rows.kernels)[rows.kernel]
+    networks = len(rows.nodes)
+    weight = np.bincount(rows.network, kernel_ms, minlength=networks)
+    return np.asarray(np.bincount(rows.network, kernel_ms * each, minlength=networks) / np.maximum(weight, 1e-12))

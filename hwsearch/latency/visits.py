@@ -137,13 +137,13 @@ def _scatter(left: np.ndarray, network: np.ndarray, count: np.ndarray) -> float:
 
 
 def _retest(left: np.ndarray, network: np.ndarray, count: np.ndarray) -> float | None:
-    """p95 of test against retest, from the halves of each network's visits."""
-    differences = []
+    """p95 of test against retest, from the halves of the visits to each network that has several."""
+    differences, usual = [], float(np.median(count))
     for index in np.flatnonzero(count >= 2):
         own = left[network == index]
         half = len(own) // 2
-        # Two halves differ by the square root of two more than two whole sets of visits would.
-        differences.append(abs(own[:half].mean() - own[half : 2 * half].mean()) * np.sqrt(half / len(own)))
+        # Means of ``half`` visits differ by more than those of as many as a network usually gets.
+        differences.append(abs(own[:half].mean() - own[half : 2 * half].mean()) * np.sqrt(half / usual))
     return float(np.percentile(differences, 95)) if len(differences) >= 10 else None
 
 

@@ -25,7 +25,9 @@ def test_a_quiet_device_is_ok_and_its_noise_floor_is_small(checked: DeviceCheck)
     assert checked.ok
     assert checked.messages == ()
     assert 0 < checked.noise_floor < 0.05 < checked.raw_noise_floor
-    assert checked.best_ms < checked.reference_ms
+    assert checked.reference_ms < checked.typical_ms
+    assert 0 < checked.disturbed < 1
+    assert checked.coarse == 0
     assert checked.fingerprint.runtime == "simulated"
     assert (checked.busy, checked.stolen) == (None, None)
 

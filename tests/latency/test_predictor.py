@@ -19,7 +19,7 @@ from hwsearch.errors import InputError, SchemaError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.latency.base import CACHE_MB, fit_base
 from hwsearch.latency.features import weight_mb
-from hwsearch.latency.predictor import LatencyPredictor, OutOfRangeWarning, conformal
+from hwsearch.latency.predictor import LatencyPredictor, OutOfRangeWarning
 from hwsearch.latency.table import LatencyTable, NetworkSample
 from hwsearch.latency.training import Rows
 
@@ -170,6 +170,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"schema": "x"}, "'x'"),
         ({"calibration": {"a": "fast"}}, "fast|calibration"),
         ({"log_errors": []}, "out-of-fold"),
+        ({"intervals": {"a": 0.01, "b": 0.0, "scores": []}}, "out-of-fold"),
+        ({"profiled": {"conv": [[1, 2]]}}, "reshape|profiled"),
         ({"parameters": {"depth": 3}}, "depth"),
         ({"model": {}}, "model|files"),
     ],
@@ -217,15 +219,6 @@ def test_what_was_never_profiled_is_said_and_widens_the_interval(campaign: Any) 
         assert found.unknown[-1].startswith(kernel.node)
         assert found.kernel_ms[-1] > 0
         assert found.high_ms / found.ms > known.high_ms / known.ms
-
-
-def test_conformal_ranks() -> None:
-    errors = np.sort(np.linspace(-0.10, 0.20, 199))
-    assert conformal(errors, 0.9) == (errors[199 - 190], errors[189])
-    low, high = conformal(errors[:5], 0.9)
-    assert (low, high) == (1.5 * errors[0], 0.02), "too few errors: the extremes, stretched"
-    wide, narrow = conformal(errors, 0.95), conformal(errors, 0.5)
-    assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
 @pytest.mark.parametrize("level", [0, 1, -0.5, float("nan"), "0.9"])
