@@ -175,6 +175,7 @@ def device_add(
 def profile(
     device: DeviceName,
     minutes: Annotated[float, typer.Option(help="Device time to spend in all, earlier runs counted in.")] = 5.0,
+    target: Annotated[float | None, typer.Option(help="Stop early at this mean error held out, in per cent.")] = None,
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Cover this model's widths too.")] = None,
     input: Input = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampled networks.")] = 0,
@@ -188,19 +189,22 @@ def profile(
     from hwsearch.preparation import ensure_checked, profile_device
 
     talk = Console(json=as_json)
-    target = Device.load(device)
+    known = Device.load(device)
     templates = templates_of(model or [], input)
-    with open_session(target, message=talk.say) as session:
-        ensure_checked(target, session, talk)
-        table = profile_device(target, session, talk, minutes=minutes, templates=templates, seed=seed, resume=resume)
+    with open_session(known, message=talk.say) as session:
+        ensure_checked(known, session, talk)
+        table = profile_device(
+            known, session, talk, minutes=minutes, templates=templates, seed=seed, resume=resume,
+            target=None if target is None else target / 100,
+        )  # fmt: skip
     facts = {
-        "device": target.name,
-        "folder": str(target.table_folder),
+        "device": known.name,
+        "folder": str(known.table_folder),
         "networks": len(table.networks),
         "kernels": sum(len(network.kernels) for network in table.networks),
         "noise_floor": table.noise_floor,
     }
-    _result(as_json, facts, lambda console: _facts(console, f"Profiled {target.name}", facts))
+    _result(as_json, facts, lambda console: _facts(console, f"Profiled {known.name}", facts))
 
 
 @app.command()

@@ -107,6 +107,9 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         predictor, card = fit_table(device, table, console)
         console.say(card.to_markdown())
         latency = NetworkLatency(space, predictor, Lowering(template, session))
+        console.step("Learning how the runtime lowers the widths")
+        with console.bar("lowering") as bar:
+            latency.prepare(bar)
         full_ms = _once(
             run_folder, "full_measured_ms", lambda: _full_ms(session, template, space, reference_ms, console)
         )
@@ -155,6 +158,7 @@ def profile_device(
     templates: tuple[OnnxTemplate, ...] = (),
     seed: int = 0,
     resume: bool = True,
+    target: float | None = None,
 ) -> LatencyTable:
     """Profile a device, or go on profiling it, with progress shown; ``minutes`` None is the campaign's default."""
     from hwsearch.latency.profile import profile
@@ -167,6 +171,7 @@ def profile_device(
             seed=seed,
             resume=resume,
             session=session,
+            target=target,
             progress=lambda done, spent, budget, words: bar(spent, budget, f"{done} networks, {words}"),
             **limit,  # type: ignore[arg-type]
         )

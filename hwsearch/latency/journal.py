@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +25,9 @@ _TABLES = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS networks (id TEXT PRIMARY KEY, source TEXT NOT NULL, kernels TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS chosen (
+    campaign TEXT NOT NULL, place INTEGER NOT NULL, candidate INTEGER NOT NULL, PRIMARY KEY (campaign, place)
+);
 CREATE TABLE IF NOT EXISTS visits (
     campaign TEXT NOT NULL, place INTEGER NOT NULL, visit INTEGER NOT NULL, id TEXT NOT NULL, seconds REAL NOT NULL,
     reference_ms REAL NOT NULL, document TEXT NOT NULL, error TEXT NOT NULL, PRIMARY KEY (campaign, place, visit)
@@ -36,6 +39,7 @@ _COLUMNS = tuple(f.name for f in fields(Kernel) if f.name != "source")
 _LAYOUT = {
     "meta": ("name", "value"),
     "networks": ("id", "source", "kernels"),
+    "chosen": ("campaign", "place", "candidate"),
     "visits": ("campaign", "place", "visit", "id", "seconds", "reference_ms", "document", "error"),
 }
 
@@ -89,6 +93,17 @@ class Journal:
         """Places whose network the runtime rejects or crashes on."""
         query = "SELECT DISTINCT place FROM visits WHERE campaign = ? AND error != ''"
         return {int(place) for (place,) in self._base.execute(query, (campaign,))}
+
+    def chosen(self, campaign: str) -> dict[int, int]:
+        """Candidate that was chosen for each place of a plan at which there was a choice."""
+        query = "SELECT place, candidate FROM chosen WHERE campaign = ?"
+        return {int(place): int(candidate) for place, candidate in self._base.execute(query, (campaign,))}
+
+    def choose(self, campaign: str, candidates: Mapping[int, int]) -> None:
+        """Commit choices, all or none: a campaign that goes on must make the same."""
+        with self._transaction():
+            rows = [(campaign, place, candidate) for place, candidate in candidates.items()]
+            self._base.executemany("INSERT OR REPLACE INTO chosen VALUES (?, ?, ?)", rows)
 
     def record(self, campaign: str, slot: Slot, network: Network, visit: Visit, reference_ms: float) -> None:
         """Commit one measurement, with the reference speed that its milliseconds refer to."""

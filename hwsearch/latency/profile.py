@@ -1,8 +1,11 @@
 """The campaign: times the networks of a plan on a device until the time is up, and writes the device's table.
 
-Work goes in steps. Step s visits for the first time the s-th block of the plan's networks, and again every fourth network
-of the block 4 steps back: those second visits, apart in time and in another place of the memory, say how well one visit
-repeats. On a device that repeats badly every network can be visited up to four times (``visits.py`` says what for).
+Work goes in steps. Step s visits for the first time the s-th block of the plan's networks, and again every fourth
+network of the block 4 steps back: those second visits, apart in time and in another place of the memory, say how well
+one visit repeats. On a device that repeats badly every network can be visited up to four times (``visits.py`` says
+what for). Every few steps a quick predictor looks at what was measured, and later blocks lean towards what it gets
+wrong (``active.py``).
+
 Every finished visit is committed to a journal at once, so a campaign killed at any moment goes on where it was with the
 same call. What a step holds follows from the plan, and whether there is time for another step from the steps before it;
 so on a device whose times do not depend on what ran before (the simulated one) the table of a campaign that was killed
@@ -24,7 +27,8 @@ from hwsearch.device.check import DeviceCheck, check_device
 from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.device.stopwatch import PROFILE, StopwatchSettings, Timing
-from hwsearch.errors import HwsearchError, InputError, NoisyDeviceError
+from hwsearch.errors import DeviceJobError, HwsearchError, InputError, NoisyDeviceError
+from hwsearch.latency.active import CANDIDATES, FEWEST, ROUND, Need
 from hwsearch.latency.journal import Journal, Slot
 from hwsearch.latency.sample import NetworkTemplate, PlannedNetwork, SamplingPlan
 from hwsearch.latency.table import LatencyTable
@@ -63,6 +67,7 @@ class _Campaign:
     networks: int | None
     budget_s: float
     tell: Progress
+    target: float | None
 
     def slots(self, step: int) -> list[Slot]:
         """The visits of a step, (place, visit); none when everything was visited."""
@@ -95,6 +100,7 @@ def profile(
     session: DeviceSession | None = None,
     settings: StopwatchSettings = VISIT,
     visits: int | None = None,
+    target: float | None = None,
 ) -> LatencyTable:
     """Time networks on a device and write its table, ``latency_tables/<name>/``.
 
@@ -114,6 +120,8 @@ def profile(
         settings: how carefully to time at each visit.
         visits: to each network, 1 to 4; None is 1, and again to every fourth, to learn how well a visit repeats (on a
             simulated device every visit finds the same: 1).
+        target: stop early once a quick predictor is off by no more than this on networks held out, on the mean; 0.04 is
+            4 %. None: use all the time.
 
     Raises:
         InputError: values that make no sense, a folder that cannot be written, a journal of another runtime or CPU.
@@ -124,7 +132,7 @@ def profile(
         >>> len(table.networks)                               # doctest: +SKIP
         96
     """
-    _check(minutes, networks, visits)
+    _check(minutes, networks, visits, target)
     device = Device.load(device) if isinstance(device, str) else device
     plan = SamplingPlan(seed=seed, templates=tuple(templates))
     tell: Progress = progress or (lambda done, spent, budget, message: None)
@@ -133,7 +141,7 @@ def profile(
         with open_session(device, message=lambda text: tell(0, 0.0, 60 * minutes, text)) as opened:
             return profile(
                 device, minutes=minutes, templates=templates, networks=networks, resume=resume, seed=seed,
-                progress=progress, session=opened, settings=settings, visits=visits,
+                progress=progress, session=opened, settings=settings, visits=visits, target=target,
             )  # fmt: skip
     path = device.table_folder / JOURNAL
     if not resume:
@@ -149,7 +157,8 @@ def profile(
             )
         times = 1 if visits is None and device.simulated else visits
         campaign = _Campaign(
-            session, journal, plan, check.reference_ms, settings, times, networks, 60 * minutes, tell
+            session, journal, plan, check.reference_ms, settings, times, networks, 60 * minutes, tell,
+            target,
         )  # fmt: skip
         _work(campaign)
         known, made = journal.measurements()
@@ -181,28 +190,68 @@ def current_check(device: Device, session: DeviceSession, message: Callable[[str
 
 
 def _work(campaign: _Campaign) -> None:
-    """Step after step until the time is spent or every network was visited."""
+    """Step after step until the time is spent, every network was visited, or the target is reached."""
     done = campaign.journal.done(campaign.plan.key)
     step, spent = 0, 0.0
+    need: Need | None = None
+    fitted_at = -1
     while step <= campaign.last_step() and spent < campaign.budget_s:
         slots = campaign.slots(step)
         missing = [slot for slot in slots if slot not in done]
+        round_start = step - step % ROUND
+        # Needed to choose this step's networks, and to know whether enough were timed.
+        if fitted_at != round_start and (missing or campaign.target is not None):
+            need, fitted_at = _need(campaign, round_start), round_start
+            if need is not None and campaign.target is not None and need.mape <= campaign.target:
+                break
         if missing:
-            _tell(campaign, done, "timing networks")
-            _step(campaign, step, missing, done)
+            _tell(campaign, done, "timing networks", need)
+            _choose(campaign, step, need)
+            _step(campaign, step, missing, done, need)
         spent += math.fsum(done.get(slot, 0.0) for slot in slots)
         step += 1
-    _tell(campaign, done, "done")
+    _tell(campaign, done, "done", need)
 
 
-def _step(campaign: _Campaign, step: int, slots: list[Slot], done: dict[Slot, float]) -> None:
+def _need(campaign: _Campaign, before: int) -> Need | None:
+    """What the visits of the steps before ``before`` leave to be learnt; None while they are few."""
+    networks, made = campaign.journal.measurements()
+    key = campaign.plan.key
+    visits = [visit for visit, _ in made if visit.step.startswith(f"{key}/") and int(visit.step[-5:]) < before]
+    samples = combine(networks, visits).samples
+    return Need.of(samples, campaign.plan.seed) if len(samples) >= FEWEST else None
+
+
+def _choose(campaign: _Campaign, step: int, need: Need | None) -> None:
+    """Commit which candidate is timed at each place of the step's new block, half of which keep the plan's own."""
+    block = [place for place, visit in campaign.slots(step) if visit == 0]
+    known = campaign.journal.chosen(campaign.plan.key)
+    if need is None or any(place in known for place in block):
+        return
+    chosen = dict.fromkeys(block, 0)
+    open_places = [place for place in block if place // 2 % 2]
+    tries = [(place, number) for place in open_places for number in range(CANDIDATES)]
+    networks = [campaign.plan.network(place, number) for place, number in tries]
+    scores: dict[int, float] = {}
+    try:
+        lowered = campaign.session.lower([n.onnx for n in networks], [n.id for n in networks])
+    except DeviceJobError:
+        lowered = []  # one that the runtime rejects spoils the batch; timing it will say which
+    for (place, number), kernels in zip(tries, lowered, strict=False):
+        score = need.score(kernels)
+        if score > scores.get(place, -math.inf):
+            scores[place], chosen[place] = score, number
+    campaign.journal.choose(campaign.plan.key, chosen)
+
+
+def _step(campaign: _Campaign, step: int, slots: list[Slot], done: dict[Slot, float], need: Need | None) -> None:
     """Make some visits of a step, interleaved in random order; ``done`` is kept up to date."""
     journal, key = campaign.journal, campaign.plan.key
-    broken = journal.failed(key)
+    broken, chosen = journal.failed(key), journal.chosen(key)
     order = np.random.default_rng([campaign.plan.seed, step]).permutation(len(slots))
     waiting: dict[str, tuple[Slot, PlannedNetwork]] = {}
     for slot in (slots[index] for index in order):
-        planned = campaign.plan.network(slot[0])
+        planned = campaign.plan.network(slot[0], chosen.get(slot[0], 0))
         if slot[0] in broken:
             journal.skip(key, slot, planned.id, "an earlier visit failed")
             done[slot] = 0.0
@@ -221,7 +270,7 @@ def _step(campaign: _Campaign, step: int, slots: list[Slot], done: dict[Slot, fl
         else:
             journal.skip(key, slot, planned.id, str(error))
         done[slot] = 0.0
-        _tell(campaign, done, f"skipped: {error}")
+        _tell(campaign, done, f"skipped: {error}", need)
 
     jobs = [(name, planned.onnx) for name, (_, planned) in waiting.items()]
     # Another order of rounds each time, should a step be worked off in two parts.
@@ -233,7 +282,7 @@ def _step(campaign: _Campaign, step: int, slots: list[Slot], done: dict[Slot, fl
         network, visit = _visit(timing, planned, f"{key}/{step:05d}")
         journal.record(key, slot, network, visit, campaign.reference_ms)
         done[slot] = timing.seconds
-        _tell(campaign, done, f"{planned.source} {timing.measured_ms:.3g} ms")
+        _tell(campaign, done, f"{planned.source} {timing.measured_ms:.3g} ms", need)
     if len(noisy) > len(jobs) / 2:
         # They may go better another time; a table of a busy machine is worse than none.
         journal.forget(key, noisy)
@@ -256,12 +305,17 @@ def _visit(timing: Timing, planned: PlannedNetwork, step: str) -> tuple[Network,
     return Network(planned.id, planned.source, kernels), visit
 
 
-def _tell(campaign: _Campaign, done: dict[Slot, float], message: str) -> None:
+def _tell(campaign: _Campaign, done: dict[Slot, float], message: str, need: Need | None) -> None:
     networks = len({place for place, _ in done})
+    if need is not None:
+        aim = "" if campaign.target is None else f", target {campaign.target:.1%}"
+        message = f"error {need.mape:.1%}{aim}, {message}"
     campaign.tell(networks, math.fsum(done.values()), campaign.budget_s, message)
 
 
-def _check(minutes: float, networks: int | None, visits: int | None) -> None:
+def _check(minutes: float, networks: int | None, visits: int | None, target: float | None) -> None:
+    if target is not None and (isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < 1):
+        raise InputError(f"target is {target!r}; use a share between 0 and 1, such as 0.04 for 4 %")
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not math.isfinite(minutes) or minutes <= 0:
         raise InputError(f"minutes is {minutes!r}; use a number above 0")
     for name, value, most in (("networks", networks, math.inf), ("visits", visits, len(LAGS))):

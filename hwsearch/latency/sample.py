@@ -75,14 +75,15 @@ class SamplingPlan:
         text = f"{PLAN_VERSION}|{self.seed}|{'|'.join(self._digests)}"  # type: ignore[attr-defined]
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def network(self, index: int) -> PlannedNetwork:
-        """The network at a place of the plan (0 and up); milliseconds to make."""
-        rng = np.random.default_rng([self.seed, index, PLAN_VERSION])
+    def network(self, index: int, candidate: int = 0) -> PlannedNetwork:
+        """The network at a place of the plan (0 and up), or another candidate for it; milliseconds to make."""
+        rng = np.random.default_rng([self.seed, index, PLAN_VERSION, *([candidate] if candidate else [])])
         if self.templates and index % 2:
             turn, which = divmod(index // 2, len(self.templates))
             template = self.templates[which]
             source = f"space:{self._digests[which][:8]}"  # type: ignore[attr-defined]
-            onnx = template.slice(spread_choice(template.space, turn, rng))
+            # Other candidates are drawn anew: the full and the smallest network come but once.
+            onnx = template.slice(spread_choice(template.space, turn + 4 if candidate and turn < 2 else turn, rng))
         else:
             family = random_family(rng)
             source, onnx = f"random:{family}", random_network(family, rng)
