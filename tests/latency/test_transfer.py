@@ -14,7 +14,7 @@ from hwsearch.device.session import open_session
 from hwsearch.device.spec import Device
 from hwsearch.errors import InputError
 from hwsearch.graph.kernel import Kernel
-from hwsearch.latency.predictor import LatencyPredictor
+from hwsearch.latency.predictor import LatencyPredictor, OutOfRangeWarning
 from hwsearch.latency.profile import current_check
 from hwsearch.latency.sample import PlannedNetwork, SamplingPlan
 from hwsearch.latency.table import LatencyTable
@@ -88,11 +88,11 @@ def test_the_map_finds_the_new_device_s_rates(campaign: Any, new: NewDevice) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 16])
 def test_a_transfer_beats_a_fit_from_scratch(campaign: Any, new: NewDevice, count: int) -> None:
-    """The same networks for both, three draws of them; the rest of the pool is lowered but not timed."""
+    """The same networks for both, two draws of them; sixty more are lowered but not timed."""
     helped, alone = [], []
-    for seed in range(3):
+    for seed in range(2):
         picked = np.random.default_rng(seed).permutation(len(new.pool))[:count]
-        found = transfer([campaign.predictor], new.table(picked), untimed=new.untimed(picked), **QUICK)
+        found = transfer([campaign.predictor], new.table(picked), untimed=new.untimed(picked)[:60], **QUICK)
         helped.append(np.abs(new.errors(found)).mean())
         alone.append(np.abs(new.errors(LatencyPredictor(**QUICK).fit(new.table(picked)))).mean())
     assert np.mean(helped) < 0.9 * np.mean(alone)
@@ -108,8 +108,10 @@ def test_a_transferred_predictor_is_like_any_other(campaign: Any, new: NewDevice
     found.save(tmp_path)
     again = LatencyPredictor.load(tmp_path, new.truth.fingerprint)
     kernels = new.lowered[-1][1]
-    assert again.network(kernels) == found.network(kernels)
-    estimate = found.network(kernels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OutOfRangeWarning)
+        estimate = found.network(kernels)
+        assert again.network(kernels) == estimate
     assert estimate.low_ms < estimate.ms < estimate.high_ms
     # Kernels of networks that were only lowered count as known.
     assert found.network(new.untimed(picked)[0]).coverage == 1.0
