@@ -81,6 +81,11 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
     from hwsearch.search.run_folder import open_run
 
     device = Device.load(config.device.name)
+    if device.precision == "int8":
+        raise InputError(
+            f"device {device.name!r} is an int8 one, and a run deploys float32 networks: use a float32 device, or price "
+            "choices in 8-bit milliseconds with hwsearch.NetworkLatency(space, predictor)"
+        )
     module, example = _model(config)
     with (
         open_run(config.run_folder, config.identity()) as run_folder,

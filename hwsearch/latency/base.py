@@ -11,6 +11,7 @@ megabytes)``, a function that only rises, fitted with the rest.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,12 @@ class Base:
 
     def context_ms(self, network_mb: np.ndarray) -> np.ndarray:
         """Further milliseconds of each megabyte of weights, (M,), in networks of so many megabytes, (M,)."""
-        return np.asarray(_steps(network_mb) @ np.array(self.context))
+        octaves = np.log2(np.maximum(network_mb, 1e-6)) + 0.5
+        total = np.zeros(np.shape(octaves))
+        for mb, rise in zip(CACHE_MB, self.context, strict=True):
+            if rise:  # most are 0, and a million networks are asked about at a time
+                total += rise * np.clip(octaves - math.log2(mb), 0, 1)
+        return total
 
     def to_dict(self) -> dict:
         """Plain values for a JSON file."""
@@ -87,10 +93,11 @@ class Base:
 
 
 def group_names(kernel: Kernel) -> tuple[str, ...]:
-    """Groups that a kernel may be priced in, the most special one first."""
+    """Groups that a kernel may be priced in, the most special one first; precisions never share one."""
     layout = "blocked" if is_blocked(kernel.layout_out) else "plain"
     wide = f"{kernel.family}/{layout}"
-    return (wide, kernel.family) if kernel.family in CONVOLUTIONS else (f"{wide}/{kernel.op}", wide, kernel.family)
+    names = (wide, kernel.family) if kernel.family in CONVOLUTIONS else (f"{wide}/{kernel.op}", wide, kernel.family)
+    return names if kernel.dtype == "float32" else tuple(f"{name}@{kernel.dtype}" for name in names)
 
 
 def _steps(network_mb: np.ndarray) -> np.ndarray:

@@ -6,6 +6,10 @@ runtime was ever seen to make, with a decision tree over such classes of channel
 of groups at a concatenation) whose leaves say which kernel the slot holds, if any. A kernel's dimensions are channel
 counts, or channel counts rounded up to a block. ``lowering_learning.py`` learns all of it by asking the runtime.
 
+A combination of classes that was never lowered gets the leaf that its answers lead to. How often that is wrong is known
+from choices that were lowered only to see (``check``): a ``NetworkLatency`` takes it off the coverage, and above a few
+in a hundred it uses no template but lowers each choice.
+
 Example:
     >>> template = learn(lowering)                                          # doctest: +SKIP
     >>> template.kernels(space.smallest()) == lowering.kernels([space.smallest()])[0]       # doctest: +SKIP

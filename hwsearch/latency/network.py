@@ -1,7 +1,7 @@
 """``NetworkLatency``: milliseconds of width choices, which is all that a search ever asks of a device.
 
-A choice is priced by look-up in a ``WidthTable``, which needs the space's ``LoweringTemplate``: kept beside the table of
-the device, and learnt from the device the first time a space is asked about. With a template the device is not needed.
+A choice is priced by look-up in a ``WidthTable``, which needs the space's ``LoweringTemplate``. That one is kept beside
+the device's table, and learnt from the device the first time a space is asked about; with it the device is not needed.
 Where the runtime's decisions could not be learnt well enough every choice is lowered by the runtime itself.
 """
 

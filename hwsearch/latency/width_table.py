@@ -34,7 +34,7 @@ Floats: TypeAlias = NDArray[np.float64]
 Pairs: TypeAlias = NDArray[np.complex128]
 
 #: Candidates at a time: their columns stay in a core's cache.
-CHUNK = 4096
+CHUNK = 8192
 #: Tables are joined up to so many entries (of 16 bytes) each.
 _JOINED = 8192
 #: Entries of a width table in all; a space that needs more is priced kernel by kernel.
@@ -226,8 +226,8 @@ class WidthTable:
         """(milliseconds + i megabytes) of all kernels, (N,), for a chunk of widths."""
         positions = self._positions(rows)
         total = self._add_up(positions, len(rows))
-        new = np.flatnonzero(np.isnan(total.real))
-        if len(new):
+        if np.isnan(total.sum().real):  # an entry that nobody asked for yet
+            new = np.flatnonzero(np.isnan(total.real))
             some = [position[new] for position in positions]
             for factor in self.factors:
                 flat = np.unique(_flat(factor, some, len(new)))
