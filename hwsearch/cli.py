@@ -416,9 +416,9 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: J
 
 
 def _argument(model: str, shape: str | None, allow: str | None) -> Any:
-    from hwsearch.model_argument import load_model_argument, parse_shape
+    from hwsearch.model_argument import load_model_argument, parse_inputs
 
-    return load_model_argument(model, parse_shape(shape) if shape else None, allow_factory=allow)
+    return load_model_argument(model, parse_inputs(shape) if shape else None, allow_factory=allow)
 
 
 def _predictor(device: Any, fingerprint: Any) -> Any:

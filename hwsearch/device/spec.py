@@ -21,7 +21,7 @@ from hwsearch.errors import InputError, SchemaError
 
 RUNTIMES = ("onnxruntime", "simulated")
 TRANSPORTS = ("local",)
-PRECISIONS = ("float32",)
+PRECISIONS = ("float32", "int8")
 
 Option: TypeAlias = str | int | float
 
@@ -84,7 +84,8 @@ class Device:
         name: the file's name without ``.toml``; also the name of the table's folder.
         runtime: one of ``RUNTIMES``.
         threads: threads that one inference may use.
-        precision: what the weights and activations are; one of ``PRECISIONS``.
+        precision: what the weights and activations are; one of ``PRECISIONS``. On an ``int8`` device campaigns time 8-bit
+            networks, and candidates of a width search are priced as such.
         transport: how the agent is reached; one of ``TRANSPORTS``.
         options: settings of the runtime, by name; each runtime refuses names that it does not know.
         home: folder that holds ``latency_tables/``; not part of the device's identity.
@@ -242,7 +243,7 @@ def _validate(data: dict[str, Any]) -> dict[str, Any]:
         model_config = ConfigDict(extra="forbid", strict=True)
         runtime: Literal["onnxruntime", "simulated"]
         threads: int = Field(default=1, ge=1, le=256)
-        precision: Literal["float32"] = "float32"
+        precision: Literal["float32", "int8"] = "float32"
         transport: Literal["local"] = "local"
         options: dict[str, StrictInt | StrictFloat | StrictStr] = Field(default_factory=dict)
 

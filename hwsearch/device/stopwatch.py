@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Clock: TypeAlias = Callable[[], int]  # nanoseconds since some fixed moment
 
 _LOW = 0.1  # quantile over near rounds: disturbances only ever add time
+_COARSE_SPREAD = 0.05  # what the estimate from disturbed rounds is uncertain by at least
 _NEAR_WAIT_NS = 1_500_000_000  # longest wait for the reference speed at a time ...
 _NEAR_REST_NS = 10_000_000_000  # ... and for how long it is not waited for again after a wait in vain
 _BOOTSTRAP = 300  # resamples of a confidence interval
@@ -80,7 +81,7 @@ class StopwatchSettings:
     pool: int = 8
     warmup_seconds: float = 0.05
     reading_ms: float = 4.0
-    runs_per_reading: int = 3
+    runs_per_reading: int = 2
     canary_reading_ms: float = 1.0
     rounds_min: int = 8
     rounds_max: int = 60
@@ -119,8 +120,8 @@ class StopwatchSettings:
 
 PROFILE = StopwatchSettings()
 MEASURE = StopwatchSettings(
-    warmup_seconds=0.2, reading_ms=5.0, runs_per_reading=5, rounds_min=15, rounds_max=500, target_spread=0.01,
-    seconds_min=2.0, seconds_max=10.0, good_min=6, patience_seconds=20.0, profile_runs=50,
+    warmup_seconds=0.2, reading_ms=3.0, rounds_min=15, rounds_max=500, target_spread=0.01, seconds_min=1.5, seconds_max=6.0,
+    good_min=6, patience_seconds=20.0, profile_runs=50,
 )  # fmt: skip
 
 
@@ -151,7 +152,7 @@ class Timing:
         network: the name it was given under.
         measured_ms: time at the device's reference speed (see the module).
         raw_p50_ms, raw_p90_ms: percentiles of every timed run, uncorrected, discarded rounds included.
-        spread: relative half-width of the 95 % bootstrap interval of ``measured_ms``.
+        spread: relative half-width of the 95 % bootstrap interval of ``measured_ms``; 0.05 or more where it is coarse.
         rounds, discarded: rounds that the estimate is made of, and rounds in which the canary was too slow for that.
         canary_ms: the canary's median in the former.
         near: whether they were near the reference speed; if not, the estimate is the coarser one.
@@ -383,7 +384,7 @@ class Stopwatch:
             measured_ms=float(np.quantile(ratios, low)) * reference,
             raw_p50_ms=float(p50),
             raw_p90_ms=float(p90),
-            spread=spread,
+            spread=spread if kept is near else max(spread, _COARSE_SPREAD),
             rounds=len(kept),
             discarded=done - len(kept),
             canary_ms=_middle([reading.canary_ms for reading in kept]),

@@ -45,19 +45,24 @@ class Lowering:
     def of(cls, space: WidthSpace, device: str) -> Lowering:
         """A lowering of the space's own model, in a session of its own that ends with this process.
 
+        On an ``int8`` device candidates are quantised first: the search is priced in 8-bit milliseconds.
+
         Raises:
             InputError: the space does not know its model, or there is no such device.
         """
         import torch
 
         from hwsearch.graph.onnx_build import OnnxTemplate
+        from hwsearch.latency.quantising import QuantisedTemplate
         from hwsearch.reparam.fold import fold
 
         if space.model is None:
             raise InputError("the width space does not know its model: make it with WidthSpace.from_model")
         example = torch.zeros(space.network.input_shape)
         folded = fold(copy.deepcopy(space.model).eval(), example, require=False)
-        return cls(OnnxTemplate(space, folded, example), open_session(device))
+        template: NetworkTemplate = OnnxTemplate(space, folded, example)
+        session = open_session(device)
+        return cls(QuantisedTemplate(template) if session.device.precision == "int8" else template, session)
 
     def kernels(self, choices: Sequence[WidthChoice]) -> list[tuple[Kernel, ...]]:
         """The kernels of each choice, in order of execution; new choices are lowered in batches.

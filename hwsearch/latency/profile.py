@@ -134,7 +134,7 @@ def profile(
     """
     _check(minutes, networks, visits, target)
     device = Device.load(device) if isinstance(device, str) else device
-    plan = SamplingPlan(seed=seed, templates=tuple(templates))
+    plan = SamplingPlan(seed=seed, templates=tuple(templates), precision=device.precision)
     tell: Progress = progress or (lambda done, spent, budget, message: None)
     if session is None:
         # Waiting for the machine is reported like everything else.

@@ -148,7 +148,7 @@ def _sample(table: LatencyTable, templates: tuple[NetworkTemplate, ...], network
     known = {sample.id: sample for sample in table.networks}
     places: dict[str, tuple[SamplingPlan, int]] = {}
     for seed in table.seeds or (0,):
-        plan = SamplingPlan(seed=seed, templates=templates)
+        plan = SamplingPlan(seed=seed, templates=templates, precision=table.fingerprint.precision)
         # The plan's first places are the campaign's first networks; some hundred are enough to choose from.
         for index in range(min(2 * len(known) + 32, 16 * networks)):
             if len(places) >= min(4 * networks, len(known)):

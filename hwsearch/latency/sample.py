@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hwsearch.errors import InputError
-from hwsearch.latency.random_networks import random_family, random_network
+from hwsearch.latency import random_networks, random_quantised
 
 if TYPE_CHECKING:
     from hwsearch.graph.widths import WidthChoice
@@ -54,6 +54,7 @@ class SamplingPlan:
     Args:
         seed: decides the random networks and widths.
         templates: models whose width spaces matter to the user.
+        precision: of the device; on an ``int8`` one the networks are 8-bit ones.
 
     Example:
         >>> plan = SamplingPlan(seed=1)
@@ -63,16 +64,22 @@ class SamplingPlan:
 
     seed: int = 0
     templates: tuple[NetworkTemplate, ...] = ()
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed is {self.seed!r}; use a whole number from 0 up")
+        if self.precision == "int8":
+            from hwsearch.latency.quantising import QuantisedTemplate
+
+            object.__setattr__(self, "templates", tuple(QuantisedTemplate(t) for t in self.templates))
         object.__setattr__(self, "_digests", tuple(template_digest(t) for t in self.templates))
 
     @property
     def key(self) -> str:
         """Identity of the plan: equal keys mean the same networks at the same places."""
-        text = f"{PLAN_VERSION}|{self.seed}|{'|'.join(self._digests)}"  # type: ignore[attr-defined]
+        precision = "" if self.precision == "float32" else f"|{self.precision}"
+        text = f"{PLAN_VERSION}|{self.seed}{precision}|{'|'.join(self._digests)}"  # type: ignore[attr-defined]
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def network(self, index: int, candidate: int = 0) -> PlannedNetwork:
@@ -85,8 +92,9 @@ class SamplingPlan:
             # Other candidates are drawn anew: the full and the smallest network come but once.
             onnx = template.slice(spread_choice(template.space, turn + 4 if candidate and turn < 2 else turn, rng))
         else:
-            family = random_family(rng)
-            source, onnx = f"random:{family}", random_network(family, rng)
+            networks = random_quantised if self.precision == "int8" else random_networks
+            family = networks.random_family(rng)
+            source, onnx = f"random:{family}", networks.random_network(family, rng)
         return PlannedNetwork(index, hashlib.sha256(onnx).hexdigest()[:16], source, onnx)
 
 

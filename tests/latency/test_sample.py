@@ -121,3 +121,15 @@ def test_widths_spread_over_the_whole_range_of_sizes() -> None:
 def test_a_senseless_seed_is_refused(seed: Any) -> None:
     with pytest.raises(InputError, match="seed"):
         SamplingPlan(seed=seed)
+
+
+def test_an_int8_device_gets_eight_bit_networks_of_its_own_plan() -> None:
+    import onnx
+
+    plan = SamplingPlan(seed=1, precision="int8")
+    assert plan.key != SamplingPlan(seed=1).key
+    for index in range(4):
+        network = plan.network(index)
+        operators = {node.op_type for node in onnx.load_from_string(network.onnx).graph.node}
+        assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+        assert network.id == SamplingPlan(seed=1, precision="int8").network(index).id
