@@ -69,7 +69,9 @@ def test_other_devices_tell_what_shapes_do_not() -> None:
     assert np.isnan(said[250:]).all()
     rest, held = np.arange(0, 200), np.arange(200, 250)
     alone = GpuConvolutions.fit(rows[rest], here[rest], T4, rounds=60).predict(rows[held])
-    helped = GpuConvolutions.fit(rows[rest], here[rest], T4, others=said[rest], rounds=60).predict(rows[held], others=said[held])
+    helped = GpuConvolutions.fit(rows[rest], here[rest], T4, others=said[rest], rounds=60).predict(
+        rows[held], others=said[held]
+    )
     assert np.abs(helped / here[held] - 1).mean() < 0.5 * np.abs(alone / here[held] - 1).mean()
 
 
