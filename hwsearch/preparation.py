@@ -83,8 +83,8 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
     device = Device.load(config.device.name)
     if device.precision == "int8":
         raise InputError(
-            f"device {device.name!r} is an int8 one, and a run deploys float32 networks: use a float32 device, or price "
-            "choices in 8-bit milliseconds with hwsearch.NetworkLatency(space, predictor)"
+            f"device {device.name!r} is an int8 one, and a run deploys float32 networks: use a float32 device, or "
+            "price choices in 8-bit milliseconds with hwsearch.NetworkLatency(space, predictor)"
         )
     module, example = _model(config)
     with (

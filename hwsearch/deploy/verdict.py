@@ -127,8 +127,8 @@ def judge(
     raw_noise_floor: float,
 ) -> tuple[str, tuple[str, ...]]:
     """(status, reasons). Pass: numerics hold, ``measured_ms`` is within the budget, and the raw median is within the
-    budget times (1 + the noise floor of raw medians). The raw median alone too high makes it conditional: the machine is slower now than
-    at its reference speed."""
+    budget times (1 + the noise floor of raw medians). The raw median alone too high makes it conditional: the machine
+    is slower now than at its reference speed."""
     reasons = []
     if not numerics.ok:
         reasons.append(

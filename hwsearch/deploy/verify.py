@@ -92,7 +92,8 @@ def _verify(bundle: Bundle, device: Device, session: DeviceSession, settings: St
 
 
 def _reference(bundle: Bundle, device: Device, found: Fingerprint) -> tuple[float, float, float, list[str]]:
-    """(reference_ms, noise floor, that of raw medians, notes): of the device's own check, else of the bundle where it is the same device."""
+    """(reference_ms, noise floor, that of raw medians, notes): of the device's own check, else of the bundle
+    where it is the same device."""
     remedy = f"run `hwsearch device check {device.name}` first"
     if (device.table_folder / FILE).exists():
         check = DeviceCheck.load(device.table_folder)
@@ -104,4 +105,5 @@ def _reference(bundle: Bundle, device: Device, found: Fingerprint) -> tuple[floa
     changed = Fingerprint.from_dict(bundle.fingerprint).differences(found)
     if changed:
         raise InputError(f"this is not the device that the bundle was made on ({'; '.join(changed)}): {remedy}")
-    return bundle.reference_ms, bundle.noise_floor, bundle.noise_floor, ["reference speed and noise floor are the bundle's own"]
+    notes = ["reference speed and noise floor are the bundle's own"]
+    return bundle.reference_ms, bundle.noise_floor, bundle.noise_floor, notes

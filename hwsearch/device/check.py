@@ -1,8 +1,9 @@
 """`device check`: is this machine quiet enough to be measured, and how fast is it?
 
-It times the canary for some seconds (its undisturbed speed is the reference speed that every later number refers to), and
-six unlike networks again and again, each time in a new process: what differs between the repeats is the *noise floor*,
-and no claim about a latency on this device can be finer. The result is ``device.json`` in the device's table folder.
+It times the canary for some seconds (its undisturbed speed is the reference speed that every later number refers to),
+and six unlike networks again and again, each time in a new process: what differs between the repeats is the *noise
+floor*, and no claim about a latency on this device can be finer. The result is ``device.json`` in the device's table
+folder.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class DeviceCheck:
     Attributes:
         device: its name.
         fingerprint: what it is.
-        reference_ms: the canary undisturbed (5th percentile; the faster of before and after): the reference speed of the
-            device's table.
+        reference_ms: the canary undisturbed (5th percentile; the faster of before and after): the reference speed of
+            the device's table.
         typical_ms, canary_spread: its median, and (p90 - p10) / median.
         noise_floor: 95th percentile of the relative test-retest difference of ``measured_ms``.
         raw_noise_floor: the same of the plain median, for comparison.
@@ -322,7 +323,7 @@ def _verdict(
     notes: list[str] = []
     _contention(load, reasons, notes)
     if spread > STEADY_LIMIT:
-        notes.append(f"the canary scatters by {spread:.0%} (p90 - p10 over its median): timings wait for undisturbed moments")
+        notes.append(f"the canary scatters by {spread:.0%} (p90 - p10 over its median): timings wait for quiet moments")
     if fingerprint.governor not in ("performance", "unknown"):
         notes.append(f"the frequency governor is {fingerprint.governor!r}; 'performance' is steadier")
     if load.machine is not None and load.machine.turbo == "on":

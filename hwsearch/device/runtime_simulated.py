@@ -1,16 +1,16 @@
 """A pretended device with the habits of a real one: the whole chain is tested and resumed on it, in no wall time.
 
 The same names as in every runtime. Its optimiser (:mod:`hwsearch.device.simulated_graph`) blocks channels and fuses by
-shape, so there are stairs and layout changes. Its machine wanders in speed a little, is disturbed for tenths of a second
-and has noise, and the canary feels that as every network does.
+shape, so there are stairs and layout changes. Its machine wanders in speed a little, is disturbed for tenths of a
+second and has noise, and the canary feels that as every network does.
 
 Everything about a network follows from (options, its bytes, the stopwatch's settings): its clock starts at a moment
 derived from the bytes, and its noise from the same seed. So results depend neither on what ran before nor on a restart.
 
 Options: ``block`` (channels), ``gmacs`` and ``gbytes`` (10^9 per second), ``node_us``, ``overhead_us``, ``drift`` and
-``noise`` (relative), ``spells`` (share of the tenths of a second that are 1.5 times slower), ``slowdown`` (a busy machine: factor
-on every time), ``seed``; and for tests: ``version`` is another runtime version (the same machine), a network whose
-name contains ``crash_on`` kills the agent, ``hang_on`` makes it hang, ``fail_on`` is refused.
+``noise`` (relative), ``spells`` (share of the tenths of a second that are 1.5 times slower), ``slowdown`` (a busy
+machine: factor on every time), ``seed``; and for tests: ``version`` is another runtime version (the same machine), a
+network whose name contains ``crash_on`` kills the agent, ``hang_on`` makes it hang, ``fail_on`` is refused.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ class Device:
         name: the file's name without ``.toml``; also the name of the table's folder.
         runtime: one of ``RUNTIMES``.
         threads: threads that one inference may use.
-        precision: what the weights and activations are; one of ``PRECISIONS``. On an ``int8`` device campaigns time 8-bit
-            networks, and candidates of a width search are priced as such.
+        precision: what the weights and activations are; one of ``PRECISIONS``. On an ``int8`` device campaigns time
+            8-bit networks, and candidates of a width search are priced as such.
         transport: how the agent is reached; one of ``TRANSPORTS``.
         options: settings of the runtime, by name; each runtime refuses names that it does not know.
         home: folder that holds ``latency_tables/``; not part of the device's identity.

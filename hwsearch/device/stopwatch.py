@@ -120,8 +120,8 @@ class StopwatchSettings:
 
 PROFILE = StopwatchSettings()
 MEASURE = StopwatchSettings(
-    warmup_seconds=0.2, reading_ms=3.0, rounds_min=15, rounds_max=500, target_spread=0.01, seconds_min=1.5, seconds_max=6.0,
-    good_min=6, patience_seconds=20.0, profile_runs=50,
+    warmup_seconds=0.2, reading_ms=3.0, rounds_min=15, rounds_max=500, target_spread=0.01, seconds_min=1.5,
+    seconds_max=6.0, good_min=6, patience_seconds=20.0, profile_runs=50,
 )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """How sure a prediction is: conformal intervals that widen for networks unlike those that were profiled.
 
-A kernel's *novelty* is how far, in octaves of its channels and positions, the nearest profiled kernel of its kind lies; a
-network's is the mean over its kernels, weighted by their milliseconds. Errors of networks held out (at random, and by
-whole families, whose kernels are newer to the model) grow with it. They are divided by a line ``a + b * novelty`` fitted
-to their size, and the quantiles of what is left are the interval: locally weighted split conformal prediction (Lei et
-al., JASA 2018, section 5.2).
+A kernel's *novelty* is how far, in octaves of its channels and positions, the nearest profiled kernel of its kind lies;
+a network's is the mean over its kernels, weighted by their milliseconds. Errors of networks held out (at random, and by
+whole families, whose kernels are newer to the model) grow with it. They are divided by a line ``a + b * novelty``
+fitted to their size, and the quantiles of what is left are the interval: locally weighted split conformal prediction
+(Lei et al., JASA 2018, section 5.2).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _LEAST_SCALE = 0.005
 
 @dataclass(frozen=True)
 class Profiled:
-    """Where the profiled kernels lie: kind to distinct (in channels, out channels, positions), (n, 3), quarter octaves."""
+    """Where the profiled kernels lie: kind to distinct (in channels, out channels, positions), (n, 3), in quarter
+    octaves."""
 
     cells: Mapping[str, np.ndarray]
 

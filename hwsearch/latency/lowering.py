@@ -60,9 +60,11 @@ class Lowering:
             raise InputError("the width space does not know its model: make it with WidthSpace.from_model")
         example = torch.zeros(space.network.input_shape)
         folded = fold(copy.deepcopy(space.model).eval(), example, require=False)
-        template: NetworkTemplate = OnnxTemplate(space, folded, example)
         session = open_session(device)
-        return cls(QuantisedTemplate(template) if session.device.precision == "int8" else template, session)
+        template: NetworkTemplate = OnnxTemplate(space, folded, example)
+        if session.device.precision == "int8":
+            template = QuantisedTemplate(template)
+        return cls(template, session)
 
     def kernels(self, choices: Sequence[WidthChoice]) -> list[tuple[Kernel, ...]]:
         """The kernels of each choice, in order of execution; new choices are lowered in batches.

@@ -10,7 +10,7 @@ import numpy as np
 
 from hwsearch.device.session import DeviceSession
 from hwsearch.device.stopwatch import MEASURE, StopwatchSettings, Timing
-from hwsearch.errors import InputError, NoisyDeviceError
+from hwsearch.errors import InputError
 
 #: Agents in turn: where a process finds its memory moves all its times by a per cent or two, as long as it lives.
 AGENTS = 3
@@ -28,8 +28,8 @@ class Measurement:
         spread: relative half-width of ``measured_ms``: of its 95 % interval, or between the agents where that is more.
         rounds, discarded: rounds that count, and rounds in which the machine was disturbed.
         canary_ms: the canary's median in the kept rounds.
-        verdict: ``"steady"``, or ``"noisy"`` when an agent found no moment at reference speed or the spread is above the
-            noise floor.
+        verdict: ``"steady"``, or ``"noisy"`` when an agent found no moment at reference speed or the spread is above
+            the noise floor.
     """
 
     measured_ms: float

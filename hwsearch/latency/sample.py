@@ -28,7 +28,9 @@ _JITTER = 0.3
 class NetworkTemplate(Protocol):
     """What a plan needs of a model to draw from it; ``hwsearch.graph.onnx_build.OnnxTemplate`` is one."""
 
-    space: Any
+    @property
+    def space(self) -> Any:
+        """The width space."""
 
     def slice(self, choice: WidthChoice) -> bytes:
         """The network of these widths as ONNX."""
