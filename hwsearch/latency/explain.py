@@ -238,8 +238,10 @@ def kernel_parts(
     costs = np.stack([(weights * terms)[:, kinds == kind].sum(axis=1) for kind in range(len(BOUNDS))], axis=1)
     # A kernel of which the base knows nothing costs what starting it costs.
     costs[costs.sum(axis=1) <= 0, BOUNDS.index("overhead")] = 1.0
-    own = predictor.predict(kernels) * factor
     total = np.array(found.kernel_ms)
+    whole = found.ms / factor
+    factor *= float(predictor.stretched(np.array([whole]))[0]) / whole  # nearly: what the whole adds, each part bears
+    own = predictor.predict(kernels) * factor
     start = np.clip(predictor.calibration_.b * factor, 0, own)  # a constant for each kernel
     parts = costs / costs.sum(axis=1, keepdims=True) * (own - start)[:, None]
     parts[:, BOUNDS.index("overhead")] += start

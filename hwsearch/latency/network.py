@@ -219,7 +219,8 @@ class NetworkLatency:
             priced = ms + mb / whole * self.predictor.context_ms(np.array([whole]))[0]
             total = float(priced.sum())
             shares = (float((priced * mark).sum()) / total for mark in (guessed, novelty))
-            networks[choice.widths] = (total + self.predictor.overhead_ms, 1 - next(shares), next(shares))
+            stretched = float(self.predictor.stretched(np.array([total + self.predictor.overhead_ms]))[0])
+            networks[choice.widths] = (stretched, 1 - next(shares), next(shares))
         return np.array([networks[key] for key in keys], dtype=np.float64).reshape(len(keys), 3)
 
 

@@ -82,7 +82,7 @@ class OutOfRangeWarning(UserWarning):
 class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
     """Milliseconds of kernels and networks on one device.
 
-    ``ms = a * sum_i base(i) * exp(trees(i)) + b * nodes + c``: an analytic base per kernel family, XGBoost on what it
+    ``x = a * sum_i base(i) * exp(trees(i)) + b * nodes + c``, ``ms = x (1 + d log(1 + x))``: an analytic base per kernel family, XGBoost on what it
     leaves (``boosting.py``), and a calibration on networks predicted out of fold. Intervals are conformal, on
     out-of-fold errors of whole networks, and wider for networks unlike the profiled ones.
 
@@ -97,7 +97,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         model_: the kernel model fitted on the whole table.
-        calibration_: a, b and c.
+        calibration_: a, b, c and d.
         log_errors_: log(measured / predicted) of every network while its fold was held out, sorted.
         cross_validation_, family_validation_: those predictions in full, and those with whole source families held
             out, None where there is one family only (not saved; the card is made of them).
@@ -185,7 +185,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
     def predict(self, kernels: Sequence[Kernel]) -> np.ndarray:
         """Milliseconds of each kernel, (N,), calibrated, its weights in a cache.
 
-        A network is the sum of its kernels, of ``context_ms`` of its weights, and of ``overhead_ms``.
+        A network is the sum of its kernels, of ``context_ms`` of its weights, and of ``overhead_ms``, ``stretched``.
 
         Raises:
             InputError: kernels unlike any that was profiled, under ``out_of_range="raise"``.
@@ -212,6 +212,14 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         self._fitted()
         return self.calibration_.c
 
+    def stretched(self, ms: np.ndarray) -> np.ndarray:
+        """Milliseconds of whole networks, (M,), from the sum of kernels, context and overhead, (M,).
+
+        Long networks take a little more than their parts: see ``Calibration``.
+        """
+        self._fitted()
+        return self.calibration_.stretch(np.asarray(ms, dtype=np.float64))
+
     def network(self, kernels: Sequence[Kernel], level: float = 0.9) -> NetworkEstimate:
         """A whole network.
 
@@ -234,8 +242,9 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         doubts = [self.model_.doubt(kernel) for kernel in kernels]
         unknown = tuple(f"{k.node or k.op}: {doubt}" for k, doubt in zip(kernels, doubts, strict=True) if doubt)
         self._guard(unknown, len(kernels))
+        ms = float(self.stretched(np.array([kernel_ms.sum() + self.overhead_ms]))[0])
+        kernel_ms = kernel_ms * (ms - self.overhead_ms) / kernel_ms.sum()
         guessed = sum(float(ms) for ms, doubt in zip(kernel_ms, doubts, strict=True) if doubt)
-        ms = float(kernel_ms.sum()) + self.overhead_ms
         coverage = 1 - guessed / float(kernel_ms.sum())
         novelty = float((self.profiled_.novelty(kernels) * kernel_ms).sum() / kernel_ms.sum())
         low, high = self.interval(np.array([ms]), np.array([coverage]), level, np.array([novelty]))

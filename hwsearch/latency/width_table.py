@@ -144,7 +144,8 @@ class WidthTable:
         rows, overhead_ms = self._rows(choices), self.predictor.overhead_ms
         result = np.empty(len(rows))
         for part in _chunks(len(rows)):
-            result[part] = self._with_context(self._sums(rows[part])) + overhead_ms
+            total = self._with_context(self._sums(rows[part]))
+            result[part] = self.predictor.stretched(total + overhead_ms)
         return result
 
     def coverage(self, choices: ArrayLike) -> Floats:
@@ -174,7 +175,7 @@ class WidthTable:
         return result
 
     def kernel_ms(self, choices: ArrayLike) -> Floats:
-        """Milliseconds of each slot's kernel, (N, slots), weights at hand; 0 where there is no such kernel.
+        """Milliseconds of each slot's kernel, (N, slots), alone, weights at hand; 0 where there is no such kernel.
 
         The slots are ``template.slots``. Not by look-up: for a closer look at few choices.
         """
