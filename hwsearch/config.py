@@ -384,12 +384,17 @@ def _explain(root: type, error: ValidationError) -> str:
     found: dict[str, dict[str, Any]] = {}
     for item in error.errors(include_url=False):
         path, _ = _field(root, item["loc"])
-        found.setdefault(".".join(path), dict(item))
+        found.setdefault(_printable(".".join(path)), dict(item))
     # An unknown key is often the reason why another one is missing: it goes first.
     order = sorted(found, key=lambda path: found[path]["type"] != "unexpected_keyword_argument")
     first = order[0]
     more = f" (also wrong: {', '.join(order[1:])})" if len(order) > 1 else ""
     return _sentence(root, first, found[first]) + more
+
+
+def _printable(text: str) -> str:
+    """A key as it stands in the file, on one line whatever it is made of."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def _sentence(root: type, path: str, item: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hwsearch.config import RunConfig, search_config
@@ -208,6 +208,8 @@ JSON = st.recursive(
 SECTIONS = st.sampled_from([f.name for f in dataclasses.fields(RunConfig)])
 
 
+@settings(deadline=None)
+@example(section="run", name="minimum", value={"QØ": [7e16], "\x95\n": {}})
 @given(section=SECTIONS, name=st.sampled_from(["name", "input", "budget", "minimum", "steps", "kind"]), value=JSON)
 def test_nothing_but_an_input_error_ever_comes_out(section: str, name: str, value: Any) -> None:
     for data in (changed(f"{section}.{name}", value), {**SMALLEST, section: value}):

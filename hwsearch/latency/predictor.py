@@ -82,9 +82,9 @@ class OutOfRangeWarning(UserWarning):
 class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
     """Milliseconds of kernels and networks on one device.
 
-    ``x = a * sum_i base(i) * exp(trees(i)) + b * nodes + c``, ``ms = x (1 + d log(1 + x))``: an analytic base per kernel family, XGBoost on what it
-    leaves (``boosting.py``), and a calibration on networks predicted out of fold. Intervals are conformal, on
-    out-of-fold errors of whole networks, and wider for networks unlike the profiled ones.
+    ``x = a * sum_i base(i) * exp(trees(i)) + b * nodes + c``, ``ms = x (1 + d log(1 + x))``: an analytic base per
+    kernel family, XGBoost on what it leaves (``boosting.py``), and a calibration on networks predicted out of fold.
+    Intervals are conformal, on out-of-fold errors of whole networks, and wider for networks unlike the profiled ones.
 
     Args:
         rounds: boosting rounds (0: the analytic base alone).

@@ -69,7 +69,7 @@ def settle(
     rounds: int = 6,
     per_round: int = 2,
     repeats: int = 2,
-    accept: tuple[float, float] = (0.96, 0.985),
+    accept: tuple[float, float] = (0.955, 0.985),
     margin: float = 0.005,
     journal: Path | None = None,
     progress: Progress | None = None,

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from device_graphs import Graph, residual, separable
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-REFERENCE_MS = 1.5
+REFERENCE_MS = 0.27
 NETWORKS = [("residual", residual()), ("separable", separable()), ("odd", separable(30)), ("small", residual(8))]
 
 
