@@ -34,7 +34,8 @@ def export_onnx(model: nn.Module, example_input: Tensor) -> bytes:
     """
     import torch
 
-    with evaluation_mode(model):
+    example_input = _plain(example_input)
+    with evaluation_mode(model), _plain_layout(model):
         output = try_forward(model, example_input)
         if not isinstance(output, torch.Tensor):
             raise UnsupportedModelError(
@@ -59,6 +60,32 @@ def export_onnx(model: nn.Module, example_input: Tensor) -> bytes:
     proto = program.model_proto  # type: ignore[union-attr]
     _strip(proto)
     return bytes(proto.SerializeToString(deterministic=True))
+
+
+@contextlib.contextmanager
+def _plain_layout(model: nn.Module) -> Iterator[None]:
+    """Weights in the plain layout for as long as it lasts.
+
+    After training in ``channels_last`` an adaptive pooling would be exported with the strides of its output, as a
+    gather that copies nothing but costs a node.
+    """
+    tensors = list(named_tensors(model).values())
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = _plain(tensor.data)
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor in the plain layout; ``contiguous()`` leaves the strides of one channel as they are."""
+    import torch
+
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor if tensor.stride() == plain.stride() else plain.copy_(tensor)
 
 
 def _strip(proto: Any) -> None:

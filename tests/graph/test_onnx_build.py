@@ -126,6 +126,16 @@ def test_export_names_shapes_and_nothing_of_the_machine() -> None:
     assert same(file, model, example)
 
 
+def test_the_memory_layout_of_the_weights_does_not_reach_the_file() -> None:
+    from hwsearch.models.vgg import vgg_small
+
+    model, example = vgg_small(width=0.25), torch.zeros(1, 1, 16, 16)
+    file = export_onnx(model, example)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert export_onnx(model, example.to(memory_format=torch.channels_last)) == file
+    assert model.features[3].weight.is_contiguous(memory_format=torch.channels_last)  # left as found
+
+
 def test_export_leaves_training_mode_and_output_streams_alone(capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout()).train()
     export_onnx(model, torch.zeros(zoo.IMAGE))

@@ -81,6 +81,10 @@ def test_weights_beyond_the_caches_are_priced(campaign: Any, templates: Any) -> 
         predict = staticmethod(campaign.predictor.predict)
 
         @staticmethod
+        def stretched(ms: np.ndarray) -> np.ndarray:
+            return ms
+
+        @staticmethod
         def context_ms(network_mb: np.ndarray) -> np.ndarray:
             return np.asarray(1000 * network_mb**1.5)
 
