@@ -6,15 +6,18 @@ goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from hwsearch import __version__
 from hwsearch.config import RunConfig
 from hwsearch.console import Console
-from hwsearch.errors import InputError, NoisyDeviceError
+from hwsearch.errors import HwsearchError, InputError, NoisyDeviceError
 from hwsearch.search.journal import write_atomic
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 #: Folder of the fitted predictor and its card, beside the table.
 PREDICTOR = "predictor"
+#: In it: what it was fitted to, written last.
+FITTED_TO = "fitted_to.json"
 #: How often a device is checked before it is called too noisy.
 CHECKS = 3
 
@@ -109,8 +114,8 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
             templates=(template,),
             seed=config.run.seed,
         )
-        predictor, card = fit_table(device, table, console)
-        console.say(card.to_markdown())
+        predictor, card = _fitted(device, table, session, console)
+        console.say(card)
         latency = NetworkLatency(space, predictor, Lowering(template, session))
         console.step("Learning how the runtime lowers the widths")
         with console.bar("lowering") as bar:
@@ -118,7 +123,8 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         full_ms = _once(
             run_folder, "full_measured_ms", lambda: _full_ms(session, template, space, reference_ms, console)
         )
-        limit = Limit(latency, config.search.max_ms(full_ms), config.search.quantile, device.name)
+        # What a run finds is measured, and the measurement decides: the prediction itself is compared.
+        limit = Limit(latency, config.search.max_ms(full_ms), config.search.quantile or 0.5, device.name)
         ready = Prepared(
             config, run_folder, console, device, session, reference_ms, module, example, space, template, latency,
             Budget([limit]),
@@ -184,6 +190,28 @@ def profile_device(
     return table
 
 
+def _fitted(
+    device: Device, table: LatencyTable, session: DeviceSession, console: Console
+) -> tuple[LatencyPredictor, str]:
+    """A table's predictor and its card (Markdown): what lies beside the table, where it was fitted to this one."""
+    from hwsearch.latency.predictor import LatencyPredictor
+
+    folder = device.table_folder / PREDICTOR
+    with contextlib.suppress(HwsearchError, OSError, ValueError):  # whatever is wrong with it: fit again
+        if json.loads((folder / FITTED_TO).read_text(encoding="utf-8")) == _fitted_to(device):
+            predictor = LatencyPredictor.load(folder, session.fingerprint)
+            if predictor.get_params() == LatencyPredictor().get_params():
+                return predictor, (folder / "card.md").read_text(encoding="utf-8")
+    predictor, card = fit_table(device, table, console)
+    return predictor, card.to_markdown()
+
+
+def _fitted_to(device: Device) -> dict[str, str]:
+    """What a predictor hangs on: the table, whose manifest names its files' hashes, and this release's algorithm."""
+    table = (device.table_folder / "manifest.json").read_bytes()
+    return {"table_sha256": hashlib.sha256(table).hexdigest(), "release": __version__}
+
+
 def fit_table(device: Device, table: LatencyTable, console: Console) -> tuple[LatencyPredictor, ErrorCard]:
     """Fit the predictor to a table, judge it by cross-validation, and keep both beside the table."""
     from hwsearch.latency.card import ErrorCard
@@ -195,9 +223,11 @@ def fit_table(device: Device, table: LatencyTable, console: Console) -> tuple[La
     with console.bar("error card") as bar:
         card = ErrorCard.of(predictor, table, progress=bar)
     folder = device.table_folder / PREDICTOR
+    (folder / FITTED_TO).unlink(missing_ok=True)
     predictor.save(folder)
     write_atomic(folder / "card.json", json.dumps(card.to_dict(), indent=1, sort_keys=True) + "\n")
     write_atomic(folder / "card.md", card.to_markdown() + "\n")
+    write_atomic(folder / FITTED_TO, json.dumps(_fitted_to(device)) + "\n")
     return predictor, card
 
 

@@ -29,6 +29,7 @@ _FEW = 40
 _HUBER = 0.3
 #: Megabytes around which (an octave wide) the cost of a megabyte of weights may rise: sizes of caches.
 CACHE_MB = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_SHOWN, _SHOWN_BY = 0.75, 3  # a step of the context is fitted when so many networks are so far beyond it
 
 #: For groups with few samples: overhead, MACs and bytes only. Terms that count a part of another one's work are left
 #: out.
@@ -160,7 +161,10 @@ def _solve(
     row_number, _ = np.nonzero(used)
     shape = (len(observed), width)
     kernels = sparse.csr_matrix((values[used], (row_number, columns[used])), shape=shape)
-    context = rows.weight_mb[rows.kernel, None] * _steps(rows.network_mb)[rows.network]
+    steps = _steps(rows.network_mb)
+    # A rise that hardly any network shows in full would be found from its beginning, and be anything at its end.
+    steps[:, (steps >= _SHOWN).sum(axis=0) < _SHOWN_BY] = 0.0
+    context = rows.weight_mb[rows.kernel, None] * steps[rows.network]
     row_number, step = np.nonzero(context)
     kernels = kernels + sparse.csr_matrix((context[row_number, step], (row_number, 1 + step)), shape=shape)
     member = sparse.csr_matrix((np.ones(shape[0]), (rows.network, np.arange(shape[0]))))
@@ -194,11 +198,12 @@ def _robust_nnls(design, target: np.ndarray, limit: np.ndarray) -> np.ndarray:  
     for _ in range(3):
         scaled = sparse.diags_array(trust) @ design
         norm = np.sqrt(np.asarray(scaled.multiply(scaled).sum(axis=0)).ravel())
-        norm[norm == 0] = 1.0
-        scaled = scaled @ sparse.diags_array(1 / norm)
+        some = norm > 0  # what nothing tells of stays 0: rounding alone would set it
+        norm = norm[some]
+        scaled = scaled.tocsc()[:, some] @ sparse.diags_array(1 / norm)
         gram = (scaled.T @ scaled).toarray() + 1e-9 * np.eye(len(norm))
         factor = np.linalg.cholesky(gram)
         right = np.linalg.solve(factor, scaled.T @ (target * trust))
-        solution = nnls(factor.T, right, maxiter=20 * len(norm))[0] / norm
+        solution[some] = nnls(factor.T, right, maxiter=20 * len(norm))[0] / norm
         trust = np.sqrt(1 / np.maximum(1, np.abs(target - design @ solution) / limit))
     return solution

@@ -12,8 +12,9 @@ from hwsearch.device.session import DeviceSession
 from hwsearch.device.stopwatch import MEASURE, StopwatchSettings, Timing
 from hwsearch.errors import InputError
 
-#: Agents in turn: where a process finds its memory moves all its times by a per cent or two, as long as it lives.
-AGENTS = 3
+#: Agents in turn: where a process finds its memory moves its times, by a per cent or by ten where the weights are many,
+#: for as long as it lives. So many at least, and at most where they disagree by more than ``AGREED`` (standard error).
+AGENTS, MOST_AGENTS, AGREED = 3, 7, 0.008
 #: Above this spread a measurement is called noisy where no noise floor is given.
 SPREAD_LIMIT = 0.05
 
@@ -94,8 +95,9 @@ def measure_many(
     if len(found) < len(networks):
         raise InputError("two networks to measure have the same name; give each its own")
     # A simulated device has no memory to be lucky with: every agent would say the same.
-    agents = 1 if session.device.simulated else AGENTS
-    for number in range(agents):
+    agents, most = (1, 1) if session.device.simulated else (AGENTS, MOST_AGENTS)
+    unsettled = list(networks)
+    for number in range(most):
         if number:
             session.restart()
         own = replace(
@@ -105,16 +107,26 @@ def measure_many(
             seconds_max=settings.seconds_max / agents,
             rounds_min=max(settings.good_min, math.ceil(settings.rounds_min / agents)),
         )
-        for timing in session.time(networks, reference_ms=reference_ms, settings=own):
+        for timing in session.time(unsettled, reference_ms=reference_ms, settings=own):
             found[timing.network].append(timing)
+        if number + 1 >= agents:
+            unsettled = [item for item in unsettled if _disagree(found[item[0]]) > AGREED]
+        if not unsettled:
+            break
     return [_combined(timings, noise_floor) for timings in found.values()]
 
 
-def _combined(timings: list[Timing], noise_floor: float | None) -> Measurement:
-    """One number from the agents: the median of theirs."""
+def _disagree(timings: list[Timing]) -> float:
+    """Relative standard error of the agents' mean."""
     values = np.array([timing.measured_ms for timing in timings])
-    measured_ms = float(np.median(values))
-    between = float(np.ptp(values)) / 2 / measured_ms
+    return float(values.std(ddof=1) / values.mean() / math.sqrt(len(values))) if len(values) > 1 else math.inf
+
+
+def _combined(timings: list[Timing], noise_floor: float | None) -> Measurement:
+    """One number from the agents: their mean without the fastest and the slowest, which of three is the median."""
+    values = np.sort([timing.measured_ms for timing in timings])
+    measured_ms = float(values[1:-1].mean() if len(values) > 2 else values.mean())
+    between = float(np.ptp(values)) / 2 / measured_ms / max(1.0, math.sqrt(len(values) / AGENTS))
     spread = max(between, float(np.median([timing.spread for timing in timings])))
     rounds, discarded = sum(t.rounds for t in timings), sum(t.discarded for t in timings)
     limit = SPREAD_LIMIT if noise_floor is None else max(noise_floor, 0.02)

@@ -16,9 +16,23 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 18
-_MAX_MACS = 150e6
-#: Most networks are small, which is quick; a few have the many weights of whole networks, which no cache holds.
-_MAX_PARAMETERS, _MANY_PARAMETERS, _MANY = 3_000_000, 15_000_000, 0.08
+
+
+class _Scale:
+    """How much a network may be: its share of all, MACs (log-uniform), parameters, and factors on its widths."""
+
+    def __init__(self, share: float, macs: tuple[float, float], parameters: int, widths: tuple[float, float]) -> None:
+        self.share, self.macs, self.parameters, self.widths = share, macs, parameters, widths
+
+
+#: Most networks are middling, which is quick. A few are as small as what runs in microseconds, and some have the many
+#: weights of whole networks, which no cache holds.
+_SCALES = {
+    "small": _Scale(0.08, (0.15e6, 3e6), 300_000, (0.4, 0.7)),
+    "middle": _Scale(0.80, (3e6, 120e6), 3_000_000, (1.0, 1.0)),
+    "large": _Scale(0.12, (50e6, 600e6), 16_000_000, (2.0, 4.0)),
+}
+_POOL = 1 << 16  # weights are drawn so many at a time and repeated: their values do not matter, their number does
 
 
 class _Shape:
@@ -38,9 +52,11 @@ class _Writer:
         self.macs = 0
         self.parameters: int = 0
         self._nodes_before = -1
-        self.many = bool(rng.random() < _MANY)
-        self.budget = 120e6 if self.many else 3e6 * (120e6 / 3e6) ** rng.random()
-        self.most_parameters = _MANY_PARAMETERS if self.many else _MAX_PARAMETERS
+        self.kind = str(rng.choice(list(_SCALES), p=[scale.share for scale in _SCALES.values()]))
+        self.scale = _SCALES[self.kind]
+        low, high = self.scale.macs
+        self.budget = float(low * (high / low) ** rng.random())
+        self.values = rng.standard_normal(_POOL, dtype=np.float32)
         # One alignment a network: user spaces are aligned or they are not, and layouts depend on the neighbours'
         # widths.
         self.align = int(rng.choice([16, 8, 4, 1], p=[0.25, 0.3, 0.2, 0.25]))
@@ -48,8 +64,7 @@ class _Writer:
 
     def width(self, low: float, high: float) -> int:
         """A channel count, log-uniform in the range, aligned as this network is."""
-        if self.many:
-            low, high = 2 * low, 4 * high
+        low, high = low * self.scale.widths[0], high * self.scale.widths[1]
         raw = float(low * (max(high, low) / low) ** self.rng.random())
         align = self.align
         if align > 1 and self.rng.random() < 0.05:
@@ -66,9 +81,9 @@ class _Writer:
         return self.macs < self.budget and len(self.nodes) < nodes and not stuck
 
     def fits(self, macs: float, parameters: float) -> bool:
-        """Whether a layer may be added: networks stay within ten milliseconds or so and a few megabytes."""
-        return self.macs + macs <= min(_MAX_MACS, 1.5 * self.budget + 1e6) and (
-            self.parameters + parameters <= self.most_parameters
+        """Whether a layer may be added: networks stay near their budget, within some ten milliseconds."""
+        return self.macs + macs <= 1.25 * self.budget + 1e5 and (
+            self.parameters + parameters <= self.scale.parameters
         )
 
     def node(self, op: str, inputs: list[str], **attributes: object) -> str:
@@ -80,7 +95,8 @@ class _Writer:
 
     def weight(self, shape: tuple[int, ...], fan_in: int) -> str:
         name = f"w{len(self.weights)}"
-        values = self.rng.standard_normal(shape, dtype=np.float32) * np.float32((2.0 / fan_in) ** 0.5)
+        shift = int(self.rng.integers(_POOL))
+        values = np.resize(np.roll(self.values, shift), shape) * np.float32((2.0 / fan_in) ** 0.5)
         self.weights[name] = values
         self.parameters += values.size
         return name
@@ -293,7 +309,8 @@ def _shuffle(w: _Writer, x: _Shape) -> _Shape:
         if x.side > 6 and w.coin(0.3):
             half = max(2, w.width(x.channels / 2, 1.2 * x.channels))
             left = w.conv(w.conv(x, x.channels, 3, 2, groups=x.channels, act=None), half, 1)
-            right = w.conv(w.conv(x, half, 1), half, 3, 2, groups=half, act=None)
+            right = w.conv(x, half, 1)
+            right = w.conv(right, right.channels, 3, 2, groups=right.channels, act=None)
             right = w.conv(right, half, 1)
             if (left.channels, left.side) != (right.channels, right.side):
                 return x
@@ -382,9 +399,14 @@ def random_network(family: str, rng: np.random.Generator) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     writer = _Writer(rng)
-    if writer.many:
-        # The last stages of a large network.
-        side, channels = int(rng.choice([4, 7, 8, 14])), writer.width(96, 192)
+    if writer.kind == "large" and writer.coin(0.75):
+        # The later stages of a large network: those hold its weights.
+        side = int(rng.choice([4, 7, 8, 14, 28, 56], p=[0.15, 0.25, 0.15, 0.2, 0.15, 0.1]))
+        channels = writer.width(48, 192 if side <= 14 else 64)
+        x = _Shape("input", channels, side)
+    elif writer.kind == "small":
+        side = int(rng.choice([8, 14, 16, 28, 32], p=[0.1, 0.2, 0.2, 0.3, 0.2]))
+        channels = int(rng.choice([1, 3])) if writer.coin(0.75) else writer.width(8, 64)
         x = _Shape("input", channels, side)
     elif writer.coin(0.45):
         # A whole network, image first. Large images only with few channels: they are slow and all alike.

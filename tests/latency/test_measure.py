@@ -12,7 +12,7 @@ import pytest
 
 from hwsearch.device.stopwatch import MEASURE, StopwatchSettings, Timing
 from hwsearch.errors import DeviceJobError, InputError
-from hwsearch.latency.measure import AGENTS, measure, measure_many
+from hwsearch.latency.measure import AGENTS, MOST_AGENTS, measure, measure_many
 from hwsearch.latency.random_networks import random_network
 
 
@@ -46,17 +46,28 @@ def test_the_simulated_device_repeats_itself(campaign: Any) -> None:
     assert one.rounds >= MEASURE.rounds_min
 
 
-def test_the_median_of_several_agents() -> None:
-    session = FakeSession([1.0, 1.3, 1.02])
+def test_the_median_of_three_agents_that_agree() -> None:
+    session = FakeSession([1.0, 1.02, 1.01])
     (found,) = measure_many([("a", b"")], session, reference_ms=0.5, noise_floor=0.05)  # type: ignore[arg-type]
-    assert found.measured_ms == 1.02
-    assert found.spread == pytest.approx(0.15 / 1.02)
-    assert found.verdict == "noisy"
+    assert found.measured_ms == 1.01
+    assert found.spread == pytest.approx(0.01)  # of the single readings
+    assert found.verdict == "steady"
     assert session.restarts == AGENTS - 1
     assert found.rounds == 30
     assert len({settings.seed for settings in session.settings}) == AGENTS
     total = sum(settings.seconds_max for settings in session.settings)
     assert total == pytest.approx(MEASURE.seconds_max), "the time is divided, not multiplied"
+
+
+def test_more_agents_where_three_disagree() -> None:
+    session = FakeSession([1.0, 1.3, 1.02, 1.01, 1.03, 1.02, 1.0])
+    (found,) = measure_many([("a", b"")], session, reference_ms=0.5, noise_floor=0.05)  # type: ignore[arg-type]
+    assert session.restarts == MOST_AGENTS - 1
+    assert found.measured_ms == pytest.approx(np.mean([1.0, 1.01, 1.02, 1.02, 1.03])), "without both extremes"
+    assert found.verdict == "noisy"
+    settled = FakeSession([1.0, 1.05, 1.02, 1.02, 1.02, 9.0, 9.0])
+    measure_many([("a", b"")], settled, reference_ms=0.5)  # type: ignore[arg-type]
+    assert AGENTS - 1 < settled.restarts < MOST_AGENTS - 1, "no more than it takes"
 
 
 def test_steady_and_never_at_reference_speed() -> None:

@@ -86,7 +86,7 @@ def test_a_prediction_is_near_the_measurement(latency: NetworkLatency, campaign:
     jobs = [(str(c.widths), template.slice(c)) for c in choices]
     timed = {t.network: t.measured_ms for t in campaign.session.time(jobs, reference_ms=campaign.table.reference_ms)}
     measured = np.array([timed[name] for name, _ in jobs])
-    assert latency.evaluate(latency.space.choice_array(choices)) == pytest.approx(measured, rel=0.25)
+    assert latency.evaluate(latency.space.choice_array(choices)) == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize("latency", ["lowering each"], indirect=True)

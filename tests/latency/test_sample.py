@@ -63,7 +63,7 @@ def test_every_family_gives_networks_that_run(family: str) -> None:
         assert np.isfinite(y).all()
         assert np.abs(y).max() > 1e-6, "activations vanished: denormals would be timed"
         sizes.add(value.shape[2])
-        assert len(data) < 20e6
+        assert len(data) < 80e6
     assert len(sizes) > 2, "one resolution only"
 
 
