@@ -171,7 +171,7 @@ class SearchSettings:
     method: Literal["cafenet"] = "cafenet"
     budget: Percent | None = None
     budget_ms: Ms | None = None
-    quantile: Quantile = 0.5
+    quantile: Quantile | None = None
     quantum: Count = 1
     minimum: Annotated[Count | Positive | None, Field(description="channels, or a share such as 0.25")] = None
     offset: Whole | None = None
@@ -179,7 +179,14 @@ class SearchSettings:
     patterns: Count | None = None
     full_steps: Switch | None = None
     distillation: Share | None = None
-    stairs: Switch | None = None
+    sharing: Literal["local", "bilateral"] | None = None
+    complementary: Switch | None = None
+    bins: Literal["ms", "macs", "none"] | None = None
+    smallest_bin: Count | None = None
+    largest_bin: Count | None = None
+    refinements: Whole | None = None
+    finalists: Whole | None = None
+    finalist_share: Share | None = None
     population: Annotated[int, Field(strict=True, ge=2, description="a whole number of 2 or more")] | None = None
     generations: Count | None = None
     candidates: Count | None = None
@@ -188,7 +195,7 @@ class SearchSettings:
     score_patterns: Count | None = None
     measured: Count | None = None
     rounds: Count | None = None
-    start: Literal["scratch", "model", "supernet"] | None = None
+    start: Literal["scratch", "model", "supernet", "all"] | None = None
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.budget_ms is None):
@@ -357,7 +364,14 @@ class RunConfig:
             "patterns",
             "full_steps",
             "distillation",
-            "stairs",
+            "sharing",
+            "complementary",
+            "bins",
+            "smallest_bin",
+            "largest_bin",
+            "refinements",
+            "finalists",
+            "finalist_share",
             "measured",
             "rounds",
             "start",

@@ -79,7 +79,13 @@ def search(ready: Prepared) -> SearchResult:
     ready.console.step(f"Searching with {config.search.method} under {ready.budget.limits[0].max_ms:.4g} ms")
     task, _ = config.data.load(config.run.seed)
     searcher = CafeNet(
-        ready.space, ready.budget, config.cafenet(), model=ready.module, seed=config.run.seed, folder=ready.run
+        ready.space,
+        ready.budget,
+        config.cafenet(),
+        model=ready.module,
+        seed=config.run.seed,
+        folder=ready.run,
+        say=ready.console.say,
     )
     with _stages(ready.console) as progress:
         result = searcher.search(task, None, progress=progress)

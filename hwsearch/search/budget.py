@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+#: Probability of keeping a limit that is only predicted.
+DEFAULT_QUANTILE = 0.95
+
 
 @runtime_checkable
 class Latency(Protocol):
@@ -54,6 +57,21 @@ class ScaledLatency:
 
 
 @dataclass(frozen=True)
+class MegaMacs:
+    """Millions of multiply-accumulates in the place of milliseconds: the constraint of the papers, for comparison.
+
+    Example:
+        >>> Limit(MegaMacs(space), max_ms=305.0, name="MMACs")                        # doctest: +SKIP
+    """
+
+    space: WidthSpace
+
+    def evaluate(self, choices: Widths) -> Floats:
+        """Millions of multiply-accumulates (N,); exact."""
+        return np.asarray(self.space.macs_array(choices), dtype=np.float64) / 1e6
+
+
+@dataclass(frozen=True)
 class Limit:
     """At most ``max_ms`` milliseconds on one device.
 
@@ -61,7 +79,9 @@ class Limit:
         latency: predicts milliseconds, see ``Latency``.
         max_ms: the limit, a finite positive number of milliseconds.
         quantile: the share of networks like this one whose time would be at or below the number compared with
-            ``max_ms``. 0.5 compares the prediction itself; 0.95 the upper side of its interval (one-sided).
+            ``max_ms``, which is the probability of keeping the limit: 0.5 compares the prediction itself, 0.95 the
+            upper side of its interval (one-sided). None: 0.95 where the latency offers an interval and nothing measures; 0.5
+            otherwise, since a measurement corrects the prediction and decides.
         name: the device's name, for messages.
         measure: milliseconds of one choice *measured* on the device; None where only predictions are wanted.
 
@@ -71,7 +91,7 @@ class Limit:
 
     latency: Any
     max_ms: float
-    quantile: float = 0.5
+    quantile: float | None = None
     name: str = "device"
     measure: Callable[[WidthChoice], float] | None = field(default=None, compare=False, repr=False)
 
@@ -82,6 +102,9 @@ class Limit:
                 f"a limit needs a latency with an evaluate(choices) method, not {type(self.latency).__name__}: "
                 "give a NetworkLatency"
             )
+        if self.quantile is None:
+            unsure = self.measure is None and callable(getattr(self.latency, "interval", None))
+            object.__setattr__(self, "quantile", DEFAULT_QUANTILE if unsure else 0.5)
         if not isinstance(self.quantile, (int, float)) or not 0.5 <= self.quantile < 1:
             raise InputError(f"quantile is {self.quantile!r}: give a number from 0.5 up to, not including, 1")
         if self.quantile > 0.5 and not callable(getattr(self.latency, "interval", None)):
@@ -95,6 +118,7 @@ class Limit:
         if len(choices) == 0:
             return np.zeros(0)
         # A two-sided interval of level 2q - 1 leaves 1 - q above its upper end: that end is the one-sided q bound.
+        assert self.quantile is not None  # settled when the limit was made
         times = (
             self.latency.evaluate(choices)
             if self.quantile == 0.5

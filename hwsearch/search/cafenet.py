@@ -10,30 +10,32 @@ width vector only the one of least loss on the batch is stepped. Budgets are mil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from hwsearch.errors import InputError
-from hwsearch.search.evolution import Candidate, EvolutionSettings, evolve
-from hwsearch.search.grid import WidthGrid
-from hwsearch.search.patterns import Pattern, bins_of, draw
+from hwsearch.search.baselines import importances, knapsack, uniform_choices
+from hwsearch.search.bins import levels, reduce_space
+from hwsearch.search.cafenet_config import SHARINGS, STARTS, CafeNetConfig
+from hwsearch.search.evolution import Candidate, evolve
+from hwsearch.search.finalists import Finalists, unlike
+from hwsearch.search.floor import fastest_above, front
+from hwsearch.search.grid import WidthGrid, Widths
 from hwsearch.search.result import SearchResult
-from hwsearch.search.scoring import Scorer, ScoringConfig
+from hwsearch.search.scoring import Scorer
 from hwsearch.search.searcher import Searcher, limit_outcomes
-from hwsearch.search.settle import Settled, settle
-from hwsearch.search.stairs import stair_edges
+from hwsearch.search.settle import Settled, measured_once, settle
 from hwsearch.search.supernet import SuperNet
+from hwsearch.search.supernet_training import min_min_step, train_supernet
 from hwsearch.search.winner import finish, train_choice
-from hwsearch.train.data import Batch, Examples
-from hwsearch.train.loop import Progress, Step, TrainConfig, evaluate, run_steps
-from hwsearch.train.seeds import generator, torch_seed
+from hwsearch.train.data import Examples
+from hwsearch.train.loop import Progress, evaluate
+from hwsearch.train.seeds import generator
 from hwsearch.train.task import Classification, Evaluation, Task
 
 if TYPE_CHECKING:
@@ -43,125 +45,13 @@ if TYPE_CHECKING:
     from hwsearch.search.budget import Budget
     from hwsearch.search.run_folder import RunFolder
 
-#: What the winner's weights start from.
-STARTS = ("scratch", "model", "supernet")
+__all__ = [
+    "SHARINGS", "STARTS", "CafeNet", "CafeNetConfig", "as_task", "min_min_step", "score_candidates", "titled",
+    "train_supernet",
+]  # fmt: skip
 
-
-@dataclass(frozen=True)
-class CafeNetConfig:
-    """Everything that CafeNet can be told.
-
-    Args:
-        offset: r, bins that the free zone goes to either side of a width; 0 is slimmable training.
-        bin_units: units a bin; ``None``: each group's own quantum.
-        patterns: m, patterns drawn for each sampled width vector, of which the best is stepped; 1: a random one.
-        full_steps: every other step trains the full network.
-        distillation: share of the loss by which a sub-network imitates the full one on the same batch, 0 to 1.
-        stairs: search only widths that no larger width matches in time.
-        training: of the super-network.
-        scoring: how sub-networks are judged.
-        evolution: how long and how widely to search.
-        measured: candidates measured in a round, where the budget can measure.
-        rounds: rounds of measuring at most.
-        winner: training of the found network; ``None``: it keeps its shared weights.
-        start: what the winner's weights start from: ``scratch`` (the paper), ``model`` (those that came in) or
-            ``supernet``.
-    """
-
-    offset: int = 1
-    bin_units: int | None = None
-    patterns: int = 2
-    full_steps: bool = True
-    distillation: float = 0.0
-    stairs: bool = True
-    training: TrainConfig = field(default_factory=TrainConfig)
-    scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
-    measured: int = 2
-    rounds: int = 6
-    winner: TrainConfig | None = field(default_factory=TrainConfig)
-    start: str = "scratch"
-
-    def __post_init__(self) -> None:
-        for name, low in (("offset", 0), ("patterns", 1), ("measured", 1), ("rounds", 1)):
-            if getattr(self, name) < low:
-                raise InputError(f"{name} is {getattr(self, name)}; give {low} or more")
-        if self.bin_units is not None and self.bin_units < 1:
-            raise InputError(f"bin_units is {self.bin_units}; give 1 or more, or leave it out")
-        if not 0 <= self.distillation <= 1:
-            raise InputError(f"distillation is {self.distillation}; give a share from 0 to 1")
-        if self.start not in STARTS:
-            raise InputError(f"start is {self.start!r}; give one of {', '.join(STARTS)}")
-
-
-def train_supernet(
-    space: WidthSpace,
-    model: nn.Module,
-    task: Task,
-    config: CafeNetConfig | None = None,
-    checkpoint_folder: Path | None = None,
-    progress: Progress | None = None,
-) -> SuperNet:
-    """Train a super-network of ``model`` over ``space``, from the model's own weights on.
-
-    A call with the same folder goes on after a kill and ends with the same bits.
-
-    Raises:
-        InputError: the checkpoint belongs to another training, or the loss is not finite.
-        UnsupportedModelError: a layer that would change its width has no elastic form.
-    """
-    config = config or CafeNetConfig()
-    net = SuperNet(model, space)
-    identity = {
-        "kind": "supernet",
-        "space": WidthGrid.of(space).digest,
-        "bins": list(bins_of(space, config.bin_units)),
-        **{name: getattr(config, name) for name in ("offset", "patterns", "full_steps", "distillation")},
-    }
-    run_steps(
-        net,
-        task.train,
-        config.training,
-        min_min_step(net, task, config),
-        identity=identity,
-        folder=checkpoint_folder,
-        progress=progress,
-    )
-    return net
-
-
-def min_min_step(net: SuperNet, task: Task, config: CafeNetConfig) -> Step:
-    """The training step: a function of (step number, batch) that leaves gradients and returns the loss.
-
-    1. draw widths uniformly; 2. draw m patterns; 3. loss of each without gradient, on the same batch in the same
-    batch-norm mode; 4. forward and backward of the best only. Even steps train the full network where ``full_steps``.
-    """
-    bins, seed = bins_of(net.space, config.bin_units), config.training.seed
-
-    def step(number: int, batch: Batch) -> Tensor:
-        if config.full_steps and number % 2 == 0:
-            net.activate(None)
-            return _backward(task.loss(net(batch[0]), batch))
-        rng = generator(seed, "pattern", number)
-        choice = net.space.sample(rng)
-        patterns = [draw(net.space, choice, config.offset, bins, rng) for _ in range(config.patterns)]
-        same_noise = torch_seed(seed, "torch", number)  # dropout must not decide which pattern is best
-        teacher = None
-        if config.distillation:
-            teacher = _output(net, None, batch, same_noise)
-        best = patterns[0]
-        if config.patterns > 1 and config.offset > 0:
-            losses = [float(task.loss(_output(net, pattern, batch, same_noise), batch)) for pattern in patterns]
-            best = patterns[int(np.argmin(losses))]
-        net.activate(best)
-        torch.manual_seed(same_noise)
-        output = net(batch[0])
-        loss = task.loss(output, batch)
-        if teacher is not None:
-            loss = (1 - config.distillation) * loss + config.distillation * task.imitate(output, teacher)
-        return _backward(loss)
-
-    return step
+#: Candidates that the recorded training losses propose to evolution, beside uniform scaling and the knapsack.
+_RECORDED = 4
 
 
 def score_candidates(
@@ -181,6 +71,9 @@ class CafeNet(Searcher):
         model: the model that the space was made from, by default the very one; never changed.
         seed: of the evolution.
         folder: the run folder, see ``Searcher``.
+        supernet: a trained one of the space as the configuration cuts it, for a search under another budget; it is
+            then not trained here.
+        say: told, before anything is trained, how far the space was cut and what it still reaches.
 
     Example:
         >>> result = CafeNet(space, budget, folder="runs/first").search(train, valid)    # doctest: +SKIP
@@ -197,12 +90,14 @@ class CafeNet(Searcher):
         model: nn.Module | None = None,
         seed: int = 0,
         folder: str | os.PathLike[str] | RunFolder | None = None,
+        say: Callable[[str], None] | None = None,
+        supernet: SuperNet | None = None,
     ) -> None:
         super().__init__(space, budget, seed=seed, folder=folder)
         full = model if model is not None else space.model
         if full is None:
             raise InputError("CafeNet needs the model that the space was made from: give model=")
-        self.config, self.model = config or CafeNetConfig(), full
+        self.config, self.model, self.say, self.supernet = config or CafeNetConfig(), full, say, supernet
 
     def _settings(self) -> Mapping[str, Any]:
         settings = asdict(self.config)
@@ -213,19 +108,28 @@ class CafeNet(Searcher):
 
     def _search(self, run: RunFolder, train: Any, valid: Any, progress: Progress | None) -> SearchResult:
         task = as_task(train, valid)
-        stairs = stair_edges(self.space, self.budget) if self.config.stairs else None
-        space = stairs.space if stairs else self.space
-        if stairs:
-            run.event("stairs", summary=stairs.summary())
-        net = train_supernet(
-            space, self.model, task, self.config, run.state / "supernet", titled(progress, "super-network")
-        )
+        cut = reduce_space(
+            self.space, self.budget, self.config.bins,
+            smallest=self.config.smallest_bin, largest=self.config.largest_bin,
+        )  # fmt: skip
+        space = cut.space
+        run.event("space_reduced", rule=cut.rule, summary=cut.summary())
+        if self.say:
+            self.say(f"  {cut.summary()}")
+        if self.supernet is None:
+            net = train_supernet(
+                space, self.model, task, self.config, run.state / "supernet", titled(progress, "super-network")
+            )
+        elif WidthGrid.of(self.supernet.space).digest != WidthGrid.of(space).digest:
+            raise InputError("the super-network was trained on another space than this search cuts: train it anew")
+        else:
+            net = self.supernet
         run.event("supernet_trained")
-        scorer = _scorer(net, task, self.config)
-        settled, candidates = self._settle(run, space, scorer, progress)
-        run.event("settled", widths=settled.candidate.choice.widths, measured_ms=settled.measured_ms)
-        model, evaluation = self._winner(run, space, net, scorer, settled.candidate.choice, task, progress)
+        job = _Job(self, run, space, net, _scorer(net, task, self.config), task, progress)
+        settled, candidates = job.settle() if self.config.floor is None else job.fewest()
         choice = settled.candidate.choice
+        run.event("settled", widths=choice.widths, measured_ms=settled.measured_ms)
+        model, evaluation, starts = job.winner(choice)
         return SearchResult(
             method=self.method,
             seed=self.seed,
@@ -243,71 +147,169 @@ class CafeNet(Searcher):
                 "within_band": settled.within,
                 "log10_space": self.space.log10_size,
                 "log10_searched": space.log10_size,
+                "finalists": [{"widths": list(key), "loss": loss} for key, loss in sorted(job.finalists.known.items())],
+                "starts": starts,
             },
             model=model,
         )
 
-    def _settle(
-        self, run: RunFolder, space: WidthSpace, scorer: Scorer, progress: Progress | None
-    ) -> tuple[Settled, Sequence[Candidate]]:
-        """Evolve under the budget; where it can measure, measure the best and search again under the correction."""
-        found: dict[tuple[int, ...], Candidate] = {}
-        digest = scorer.digest()
 
-        def propose(corrected: Budget, seeds: Sequence[WidthChoice]) -> Sequence[Candidate]:
-            result = evolve(
-                space,
-                corrected,
-                scorer,
-                self.config.evolution,
-                self.seed,
-                journal=run.state / "losses.jsonl",
-                progress=titled(progress, "evolution"),
-                initial=seeds,
-                context=digest,
-            )
-            found.update({candidate.choice.widths: candidate for candidate in result.candidates})
-            return result.candidates
+class _Job:
+    """One search at work: evolution, finalists, measuring and the winner around one trained super-network."""
 
-        settled = settle(
-            space,
-            self.budget,
-            propose,
-            rounds=self.config.rounds,
-            per_round=self.config.measured,
-            journal=run.state / "readings.jsonl",
-            progress=titled(progress, "measuring"),
-        )
-        rows = np.asarray(list(found), dtype=np.int64)
-        times = self.budget.evaluate(rows).tolist()  # uncorrected, so that all candidates are told alike
-        plain = [
-            Candidate(candidate.choice, candidate.loss, tuple(ms))
-            for candidate, ms in zip(found.values(), times, strict=True)
-        ]
-        return settled, sorted(plain, key=lambda candidate: (candidate.loss, candidate.ms, candidate.choice.widths))
-
-    def _winner(
+    def __init__(
         self,
+        search: CafeNet,
         run: RunFolder,
         space: WidthSpace,
         net: SuperNet,
         scorer: Scorer,
-        choice: WidthChoice,
         task: Task,
         progress: Progress | None,
-    ) -> tuple[nn.Module, Evaluation]:
-        """The found network, trained as the configuration says, and its evaluation on held-out examples."""
-        config = self.config.winner
-        folder, report = run.state / "winner", titled(progress, "winner")
-        if config is not None and self.config.start != "supernet":
-            scratch = self.config.start == "scratch"
-            return train_choice(
-                self.model, space, choice, task, config, scratch=scratch, folder=folder, progress=report
+    ) -> None:
+        self.config, self.budget, self.seed, self.model = search.config, search.budget, search.seed, search.model
+        self.run, self.space, self.net, self.scorer, self.task, self.progress = run, space, net, scorer, task, progress
+        self.digest = scorer.digest()
+        self.found: dict[tuple[int, ...], Candidate] = {}
+        short = self.config.winner or self.config.training
+        steps = max(round(short.total_steps(len(task.train)) * self.config.finalist_share), 1)
+        self.short = replace(short, steps=steps)
+        belongs = {"context": self.digest, "steps": steps}
+        path = run.state / "finalists.jsonl" if self.config.finalists else None
+        self.finalists = Finalists(self.train_shortly, path, belongs)
+
+    def settle(self) -> tuple[Settled, Sequence[Candidate]]:
+        """Evolve under the budget; where it can measure, measure the best and search again under the correction."""
+
+        def propose(corrected: Budget, seeds: Sequence[WidthChoice]) -> Sequence[Candidate]:
+            plain = self.plain_answers(corrected)
+            candidates = self.evolve(corrected, [*seeds, *self.space.choices(plain), *self.recorded(corrected)])
+            return self.shortlist(candidates, plain) if self.config.finalists else candidates
+
+        settled = settle(
+            self.space,
+            self.budget,
+            propose,
+            rounds=self.config.rounds,
+            per_round=self.config.measured,
+            journal=self.run.state / "readings.jsonl",
+            progress=titled(self.progress, "measuring"),
+        )
+        return settled, self.told()
+
+    def fewest(self) -> tuple[Settled, Sequence[Candidate]]:
+        """The fewest milliseconds above the floor: the front of loss and time, and a bisection of trained networks."""
+        assert self.config.floor is not None
+        wide = replace(self.budget, floor=0.0)  # nothing is gained by filling the budget
+        candidates = self.evolve(wide, self.space.choices(uniform_choices(self.space)[::-1]), minimise_ms=True)
+        use = wide.use(np.asarray([c.choice.widths for c in candidates], dtype=np.int64)).tolist()
+
+        def judge(candidate: Candidate) -> Evaluation:
+            evaluation = self.winner(candidate.choice)[1]
+            self.run.event("floor_trial", widths=candidate.choice.widths, metric=evaluation.metric)
+            return evaluation
+
+        fastest, _ = fastest_above(
+            front(candidates, use), judge, self.config.floor, higher_is_better=self.task.higher_is_better
+        )
+        return measured_once(self.budget, fastest, self.run.state / "readings.jsonl"), self.told()
+
+    def evolve(self, budget: Budget, initial: Sequence[WidthChoice], minimise_ms: bool = False) -> Sequence[Candidate]:
+        """Candidates inside the budget, best first: level by level from coarse widths to fine ones."""
+        steps = levels(self.space, self.config.refinements)
+        settings = replace(self.config.evolution, minimise_ms=minimise_ms or self.config.evolution.minimise_ms)
+        if len(steps) > 1:
+            settings = replace(
+                settings,
+                generations=max(settings.generations // len(steps), 1),
+                evaluations=max(settings.most // len(steps), 1),
             )
-        small = net.extract(scorer.pattern(choice), scorer.calibration())
+        candidates: Sequence[Candidate] = ()
+        for level, space in enumerate(steps):
+            result = evolve(
+                space,
+                budget,
+                self.scorer,
+                settings,
+                self.seed,
+                journal=self.run.state / ("losses.jsonl" if level == len(steps) - 1 else f"losses-{level}.jsonl"),
+                progress=titled(self.progress, "evolution"),
+                initial=[*(c.choice for c in candidates[: settings.population]), *initial],
+                context=self.digest,
+            )
+            candidates = result.candidates
+            self.found.update({candidate.choice.widths: candidate for candidate in candidates})
+        return candidates
+
+    def plain_answers(self, budget: Budget) -> Widths:
+        """Uniform scaling and the latency knapsack, filled up to the budget, int64 (2, G)."""
+        rng = generator(self.seed, "plain")
+        scalings = uniform_choices(self.space)
+        fits = np.flatnonzero(budget.feasible(scalings))
+        scaled = scalings[fits[-1]] if len(fits) else scalings[0]
+        sizes = importances(self.space, self.net.plain())
+        packed = np.asarray(knapsack(self.space, budget, sizes).choice.widths, dtype=np.int64)
+        return budget.repair(self.space, np.stack([scaled, packed]), rng)
+
+    def recorded(self, budget: Budget) -> list[WidthChoice]:
+        """Choices drawn towards widths whose training losses were small (BCNet), inside the budget."""
+        rng, grid = generator(self.seed, "recorded"), WidthGrid.of(self.space)
+        columns = []
+        for allowed, losses in zip(grid.allowed, self.net.recorded_losses(), strict=True):
+            own = losses[: len(allowed)]
+            weight = np.exp(-(own - own.min()) / max(float(own.std()), 1e-9))
+            columns.append(rng.choice(allowed, size=_RECORDED, p=weight / weight.sum()))
+        rows = budget.repair(self.space, np.stack(columns, axis=1).astype(np.int64), rng)
+        return self.space.choices(rows)
+
+    def shortlist(self, candidates: Sequence[Candidate], plain: Widths) -> list[Candidate]:
+        """The finalists after their short training, best first."""
+        scored = {candidate.choice.widths: candidate for candidate in candidates}
+        forced = [scored[key] for key in dict.fromkeys(map(tuple, plain.tolist())) if key in scored]
+        forced = forced[: max(self.config.finalists - 1, 0)]
+        others = [candidate for candidate in candidates if candidate not in forced]
+        rest = unlike(others, self.config.finalists - len(forced), self.space.full().widths, forced)
+        return self.finalists.ranked([*rest, *forced])
+
+    def train_shortly(self, widths: tuple[int, ...]) -> float:
+        """Held-out loss of one choice that inherits the shared weights and is fine-tuned for a share of a training."""
+        from hwsearch.graph.widths import WidthChoice
+
+        small = self.net.extract(self.scorer.pattern(WidthChoice(widths)), self.scorer.calibration())
+        return finish(small, self.task, self.short, progress=titled(self.progress, "finalists"))[1].loss
+
+    def told(self) -> Sequence[Candidate]:
+        """All scored candidates under the budget as it was given, so that they are told alike, best first."""
+        times = self.budget.evaluate(np.asarray(list(self.found), dtype=np.int64)).tolist()
+        plain = [
+            Candidate(candidate.choice, candidate.loss, tuple(ms))
+            for candidate, ms in zip(self.found.values(), times, strict=True)
+        ]
+        return sorted(plain, key=lambda candidate: (candidate.loss, candidate.ms, candidate.choice.widths))
+
+    def winner(self, choice: WidthChoice) -> tuple[nn.Module, Evaluation, dict[str, float]]:
+        """The network, trained as the configuration says, its evaluation, and the held-out metric by start."""
+        starts = STARTS if self.config.start == "all" and self.config.winner else (self.config.start,)
+        trained = {start: self.started(choice, start, alone=len(starts) == 1) for start in starts}
+        better: Callable[[str], float] = lambda start: trained[start][1].metric  # noqa: E731
+        best = max(starts, key=better) if self.task.higher_is_better else min(starts, key=better)
+        return (*trained[best], {start: evaluation.metric for start, (_, evaluation) in trained.items()})
+
+    def started(self, choice: WidthChoice, start: str, alone: bool) -> tuple[nn.Module, Evaluation]:
+        """The network trained from one start, on from its checkpoint where there is one."""
+        config, report = self.config.winner, titled(self.progress, "winner")
+        folder = self.run.state / ("winner" if alone else f"winner-{start}")
+        if self.config.floor is not None:  # several choices are trained: one folder each
+            folder = folder / "-".join(map(str, choice.widths))
+        if config is not None and start != "supernet":
+            scratch = start == "scratch"
+            return train_choice(
+                self.model, self.space, choice, self.task, config, scratch=scratch, folder=folder, progress=report
+            )
+        small = self.net.extract(self.scorer.pattern(choice), self.scorer.calibration())
         if config is not None:
-            return finish(small, task, config, folder=folder, progress=report)
-        return small, evaluate(small, task, task.valid, self.config.training)
+            return finish(small, self.task, config, folder=folder, progress=report)
+        return small, evaluate(small, self.task, self.task.valid, self.config.training)
 
 
 def as_task(train: Any, valid: Any) -> Task:
@@ -335,18 +337,12 @@ def titled(progress: Progress | None, title: str) -> Progress | None:
 
 
 def _scorer(net: SuperNet, task: Task, config: CafeNetConfig) -> Scorer:
-    return Scorer(net, task, config.scoring, config.training, offset=config.offset, bin_units=config.bin_units)
-
-
-def _output(net: SuperNet, pattern: Pattern | None, batch: Batch, noise: int) -> Tensor:
-    """Output of one sub-network without gradient, in training mode, its dropout fixed by ``noise``."""
-    net.activate(pattern)
-    torch.manual_seed(noise)
-    with torch.no_grad():
-        output: Tensor = net(batch[0])
-    return output
-
-
-def _backward(loss: Tensor) -> Tensor:
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+    return Scorer(
+        net,
+        task,
+        config.scoring,
+        config.training,
+        offset=config.offset,
+        bin_units=config.bin_units,
+        bilateral=config.sharing == "bilateral",
+    )

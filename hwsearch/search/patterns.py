@@ -20,7 +20,7 @@ from hwsearch.errors import InputError
 from hwsearch.graph.widths import WidthChoice
 
 if TYPE_CHECKING:
-    from hwsearch.graph.widths import WidthSpace
+    from hwsearch.graph.widths import WidthGroup, WidthSpace
 
 IntArray = NDArray[np.int64]
 
@@ -98,11 +98,39 @@ def draw_units(units: int, width: int, offset: int, bin_units: int, rng: np.rand
 
 
 def bins_of(space: WidthSpace, bin_units: int | None) -> tuple[int, ...]:
-    """Units a bin for every group: the same number everywhere (at most the group's units), or each group's quantum.
+    """Units a bin for every group: the same number everywhere (at most the group's units), or each group's own step.
+
+    A group's own step is the median distance between its allowed widths: its quantum in a space as it was extracted,
+    the length of a stair or of a bin by MACs in one that was cut down.
 
     Raises:
         InputError: the number is below 1.
     """
     if bin_units is not None and bin_units < 1:
-        raise InputError(f"bin_units is {bin_units}; give 1 or more, or leave it out for each group's quantum")
-    return tuple(min(bin_units or group.quantum, group.units) for group in space.groups)
+        raise InputError(f"bin_units is {bin_units}; give 1 or more, or leave it out for each group's own step")
+    return tuple(min(bin_units or _step(group), group.units) for group in space.groups)
+
+
+def _step(group: WidthGroup) -> int:
+    distances = np.diff(np.asarray(group.widths, dtype=np.int64))
+    return int(np.sort(distances)[len(distances) // 2]) if len(distances) else group.quantum
+
+
+def rightmost(space: WidthSpace, choice: WidthChoice) -> Pattern:
+    """The last units of every group: BCNet's second path through a width (Su et al., CVPR 2021)."""
+    pairs = zip(space.groups, choice.widths, strict=True)
+    return Pattern(tuple(np.arange(group.units - width, group.units, dtype=np.int64) for group, width in pairs))
+
+
+def complement(space: WidthSpace, choice: WidthChoice) -> WidthChoice:
+    """The widths that a choice leaves over, at the nearest allowed ones (the wider of two equally near).
+
+    Trained from both sides after ``choice`` itself, every unit has been used equally often (BCNet).
+    """
+    pairs = zip(space.groups, choice.widths, strict=True)
+    return WidthChoice(
+        tuple(
+            min(group.widths, key=lambda allowed: (abs(allowed - (group.units - width)), -allowed))
+            for group, width in pairs
+        )
+    )

@@ -15,6 +15,7 @@ import numpy as np
 from hwsearch.errors import InternalError, SchemaError
 from hwsearch.search.grid import Widths, row_keys
 from hwsearch.search.journal import Journal
+from hwsearch.train import processes
 
 if TYPE_CHECKING:
     from hwsearch.search.budget import Floats
@@ -39,7 +40,8 @@ class Scores:
     """
 
     def __init__(self, score: Score, batch: int, path: Path | None, belongs: Mapping[str, Any]) -> None:
-        self._score, self._batch = score, batch
+        self._score, self._batch = score, max(batch, processes.count())
+        path = path if processes.rank() == 0 else None
         self._journal = Journal(path, {"schema": SCHEMA, "version": VERSION, **belongs}) if path else None
         self._known: dict[tuple[int, ...], float] = {}
         for record in self._journal.open() if self._journal else ():
@@ -48,6 +50,7 @@ class Scores:
                 self._known[tuple(int(width) for width in record["widths"])] = math.inf if loss is None else float(loss)
             except (KeyError, TypeError, ValueError) as error:
                 raise SchemaError(f"{path} has a damaged record {record}: delete the file to start again") from error
+        self._known = processes.from_first(self._known)
 
     def __call__(self, choices: Widths, report: Callable[[int], None] = lambda done: None) -> list[float]:
         """Losses of choices (N, G), in their order; ``report`` hears how many are done."""

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from hwsearch.device.lock import background_lock
 from hwsearch.errors import InputError
 from hwsearch.graph.widths import WidthChoice
-from hwsearch.search.patterns import Pattern, bins_of, draw, leftmost
+from hwsearch.search.patterns import Pattern, bins_of, draw, leftmost, rightmost
+from hwsearch.train import processes
 from hwsearch.train.data import Batch, Examples, in_order, limit
 from hwsearch.train.loop import TrainConfig, laid_out, settings
 from hwsearch.train.seeds import generator
@@ -64,6 +65,7 @@ class Scorer:
         config: see ``ScoringConfig``.
         training: threads, precision, memory layout and seed are taken from here.
         offset, bin_units: of the patterns that are tried, where there are several.
+        bilateral: judge a choice from the left and from the right and take the mean (BCNet); no patterns are tried.
 
     Example:
         >>> Scorer(net, task)(space.choice_array([space.uniform(0.5), space.full()]))      # doctest: +SKIP
@@ -79,14 +81,15 @@ class Scorer:
         *,
         offset: int = 1,
         bin_units: int | None = None,
+        bilateral: bool = False,
     ) -> None:
         self.net, self.task = net, task
         self.config, self.training = config or ScoringConfig(), training or TrainConfig()
-        self._offset, self._bins = offset, bins_of(net.space, bin_units)
+        self._offset, self._bins, self._bilateral = offset, bins_of(net.space, bin_units), bilateral
         self._examples = limit(task.valid, self.config.images, self.training.seed)
         held_out = self._laid_out(self._examples)
-        half = len(held_out) // 2 if self.config.patterns > 1 else 0
-        if self.config.patterns > 1 and half == 0:
+        half = len(held_out) // 2 if self.config.patterns > 1 and not bilateral else 0
+        if self.config.patterns > 1 and not bilateral and half == 0:
             raise InputError(
                 f"{len(self._examples)} held-out examples are one batch of {self.config.batch_size}; patterns are "
                 "picked on one half and judged on the other: hold out more, or use patterns = 1"
@@ -99,7 +102,12 @@ class Scorer:
     def __call__(self, choices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Losses (N,) of widths (N, G)."""
         with settings(self.training):
-            return np.asarray([self._loss(tuple(row)) for row in np.asarray(choices).tolist()], dtype=np.float64)
+            keys = [tuple(row) for row in np.asarray(choices).tolist()]
+            missing = [key for key in dict.fromkeys(keys) if key not in self._known]
+            # Of several processes, each scores some of the choices; all of them know all losses.
+            mine = missing[processes.rank() :: processes.count()]
+            self._known.update(processes.gathered([(key, self._loss(key)) for key in mine]))
+            return np.asarray([self._known[key] for key in keys], dtype=np.float64)
 
     def calibration(self) -> list[Batch]:
         """The batches that statistics are measured on."""
@@ -114,7 +122,10 @@ class Scorer:
         """Sixteen hexadecimal digits that change with the weights, the examples or the way of judging."""
         parts = hashlib.sha256(
             repr(
-                (self.config, self._offset, self._bins, self._examples.identity, self._calibration_examples.identity)
+                (
+                    self.config, self._offset, self._bins, self._bilateral, self._examples.identity,
+                    self._calibration_examples.identity,
+                )
             ).encode()
         )
         for name, value in sorted(self.net.state_dict().items()):
@@ -123,13 +134,13 @@ class Scorer:
         return parts.hexdigest()[:16]
 
     def _loss(self, widths: tuple[int, ...]) -> float:
-        if widths not in self._known:
-            pattern = self._pick(WidthChoice(widths))
-            self._known[widths] = self._run(pattern, self._judging)
-        return self._known[widths]
+        choice = WidthChoice(widths)
+        patterns = [self._pick(choice), *([rightmost(self.net.space, choice)] if self._bilateral else [])]
+        losses = [self._run(pattern, self._judging) for pattern in patterns]
+        return sum(losses) / len(losses)
 
     def _pick(self, choice: WidthChoice) -> Pattern:
-        if self.config.patterns == 1:
+        if self.config.patterns == 1 or self._bilateral:
             return leftmost(choice)
         rng = generator(self.training.seed, "score", *choice.widths)
         drawn = [draw(self.net.space, choice, self._offset, self._bins, rng) for _ in range(self.config.patterns - 1)]

@@ -20,6 +20,7 @@ from hwsearch.search.evolution import Candidate, Progress
 from hwsearch.search.grid import WidthGrid
 from hwsearch.search.result import LimitOutcome, SearchResult
 from hwsearch.search.run_folder import RunFolder, open_run
+from hwsearch.train import processes
 
 if TYPE_CHECKING:
     from hwsearch.graph.widths import WidthSpace
@@ -93,14 +94,18 @@ class Searcher(ABC):
             result = self._search(run, train, valid, progress)
             if not isinstance(result, SearchResult) or len(result.choice.widths) != len(self.space.groups):
                 raise InternalError(f"{type(self).__name__}._search must return a SearchResult of its space")
-            result.save(run.result_path)
+            if processes.rank() == 0:
+                result.save(run.result_path)
             run.event("search_finished", method=self.method, measured_ms=result.measured_ms)
         return result
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[RunFolder]:
         """The run folder: the caller's open one, a named one, or a temporary one."""
-        if isinstance(self.folder, RunFolder):
+        if processes.rank() > 0:  # the first process keeps the run; the others need a place for their own events
+            with tempfile.TemporaryDirectory(prefix="hwsearch-") as other, open_run(other, self.identity()) as run:
+                yield run
+        elif isinstance(self.folder, RunFolder):
             self.folder.bind(f"state/{self.method}.json", self.identity())
             yield self.folder
         elif self.folder is not None:

@@ -20,6 +20,7 @@ from hwsearch.errors import AnswerIsNo, InfeasibleBudgetError, InputError, Schem
 from hwsearch.search.budget import Budget, checked_ms
 from hwsearch.search.evolution import Candidate, Progress
 from hwsearch.search.journal import Journal
+from hwsearch.train import processes
 
 if TYPE_CHECKING:
     from hwsearch.graph.widths import WidthChoice, WidthSpace
@@ -141,6 +142,23 @@ def settle(
     return _settled(min(inside, key=_rank), factors, False, trials.values())
 
 
+def measured_once(budget: Budget, candidate: Candidate, journal: Path | None = None) -> Settled:
+    """One candidate with a single reading where the limits can measure: nothing is searched, nothing corrected.
+
+    Raises:
+        AnswerIsNo: its measured time misses the budget.
+    """
+    readings, plain = _Readings(budget, None, journal), _plain(budget, candidate)
+    ones = (1.0,) * len(budget.limits)
+    if not readings.possible:
+        return Settled(plain, None, ones, within=False)
+    measured = readings.read(candidate.choice, 0)
+    trial = Trial(plain, measured, float(budget.use_of(np.asarray([measured]))[0]), 0)
+    if trial.use > 1.0:
+        raise _nothing(budget, (trial,))
+    return Settled(plain, measured, _factors([trial]), within=False, trials=(trial,))
+
+
 class _Readings:
     """Measured milliseconds by choice and repeat, journalled."""
 
@@ -149,7 +167,7 @@ class _Readings:
         self.possible = measure is not None or all(limit.measure is not None for limit in budget.limits)
         limits = [[limit.name, limit.max_ms] for limit in budget.limits]
         header = {"schema": "hwsearch.readings", "version": 1, "limits": limits}
-        self._journal = Journal(Path(path), header) if path and self.possible else None
+        self._journal = Journal(Path(path), header) if path and self.possible and processes.rank() == 0 else None
         self._known: dict[tuple[int, ...], list[tuple[float, ...]]] = {}
         for record in self._journal.open() if self._journal else ():
             try:
@@ -158,13 +176,13 @@ class _Readings:
             except (KeyError, TypeError, InputError) as error:
                 raise SchemaError(f"{path} has a damaged record {record}: delete the file to start again") from error
             self._known.setdefault(widths, []).append(ms)
+        self._known = processes.from_first(self._known)
 
     def read(self, choice: WidthChoice, repeat: int) -> tuple[float, ...]:
         """Reading number ``repeat`` (0 ..) of a choice, one entry per limit."""
         known = self._known.setdefault(choice.widths, [])
         if repeat >= len(known):
-            raw = self._measure(choice) if self._measure else [limit.measure(choice) for limit in self._budget.limits]  # type: ignore[misc]
-            values = [raw] if isinstance(raw, (int, float, np.floating)) else list(raw)
+            values = processes.from_first(self._timed(choice) if processes.rank() == 0 else [])
             known.append(tuple(checked_ms(value, "a measured time") for value in values))
             if len(known[-1]) != len(self._budget.limits):
                 raise InputError(
@@ -173,6 +191,15 @@ class _Readings:
             if self._journal:
                 self._journal.append({"widths": list(choice.widths), "ms": list(known[-1])})
         return known[repeat]
+
+    def _timed(self, choice: WidthChoice) -> list[float]:
+        """Milliseconds as the device gives them."""
+        raw = (
+            self._measure(choice)
+            if self._measure
+            else [limit.measure(choice) for limit in self._budget.limits]  # type: ignore[misc]
+        )
+        return [raw] if isinstance(raw, (int, float, np.floating)) else list(raw)
 
 
 def _try(

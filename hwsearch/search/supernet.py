@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,11 +24,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hwsearch.errors import InputError, InternalError, UnsupportedModelError
 from hwsearch.graph.surgery import shrink
 from hwsearch.search.patterns import IntArray, Pattern
+from hwsearch.train import processes
 from hwsearch.train.batchnorm import recalibrate
 from hwsearch.train.data import Batch
 
 if TYPE_CHECKING:
-    from hwsearch.graph.widths import WidthSpace
+    from hwsearch.graph.widths import WidthChoice, WidthSpace
 
 #: What is kept of a parameter axis: all of it, a range, or index positions (ascending, int64).
 Selector = slice | Tensor | None
@@ -77,6 +79,8 @@ class _ElasticNorm(Elastic, _BatchNorm):
         weight = None if self.weight is None else _chosen(self.weight, 0, self.outputs)
         bias = None if self.bias is None else _chosen(self.bias, 0, self.outputs)
         if self.training or not self.track_running_stats:
+            if processes.count() > 1 and self.training:
+                return processes.batch_norm(x, weight, bias, self.eps)[0]
             return functional.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         if self.calibrating and self.averages is None:
             self.averages = (x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]))
@@ -140,6 +144,10 @@ class SuperNet(nn.Module):
         self._norms = [module for module in self.model.modules() if isinstance(module, _ElasticNorm)]
         self._axes = _axes(self.model, space)
         self.active: Pattern | None = None
+        # Part of the checkpoint, so that a resumed training remembers what an unbroken one would.
+        widest = max(len(group.widths) for group in space.groups)
+        self.register_buffer("recorded", torch.zeros(2, len(space.groups), widest, dtype=torch.float64))
+        self.register_buffer("recent_loss", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         """The active sub-network's output; the full network's before the first ``activate``."""
@@ -154,6 +162,28 @@ class SuperNet(nn.Module):
         for norm in self._norms:
             norm.averages, norm.batches = None, 0
         self.active = pattern
+
+    def record(self, choice: WidthChoice, loss: float) -> None:
+        """Remember a training loss under every width of the choice, relative to the losses of the steps before it.
+
+        ``recorded`` holds sums and counts, shape (2, groups, widths): what ``recorded_losses`` takes its means of.
+        """
+        recorded, recent = self.get_buffer("recorded"), self.get_buffer("recent_loss")
+        before = float(recent) or loss
+        for group, (member, width) in enumerate(zip(self.space.groups, choice.widths, strict=True)):
+            at = member.widths.index(width)
+            recorded[0, group, at] += loss / max(before, 1e-9)
+            recorded[1, group, at] += 1
+        recent.fill_(0.9 * before + 0.1 * loss)
+
+    def recorded_losses(self) -> NDArray[np.float64]:
+        """Mean relative training loss (groups, widths) of the steps that had a width; the overall mean where none had.
+
+        The recorded losses that BCNet draws its first candidates by (Su et al., CVPR 2021).
+        """
+        sums, counts = self.get_buffer("recorded").numpy()
+        mean = float(sums.sum() / max(counts.sum(), 1))
+        return np.asarray(np.where(counts > 0, sums / np.maximum(counts, 1), mean), dtype=np.float64)
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Measure the active sub-network's batch-norm statistics (plain average over batches); ends in evaluation mode.

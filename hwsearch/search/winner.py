@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hwsearch.graph.surgery import shrink
+from hwsearch.search.baselines import importances
 from hwsearch.train.loop import Progress, TrainConfig, evaluate, train
 from hwsearch.train.seeds import torch_seed
 
@@ -32,17 +35,24 @@ def train_choice(
     """Shrink ``model`` to ``choice`` and train it on ``task.train``.
 
     Args:
-        scratch: forget the model's weights first (the paper's way); False fine-tunes those that are carried over.
+        scratch: forget the model's weights first (the paper's way); False fine-tunes those that are carried over: of
+            every group the units with the largest weights.
         folder: of the checkpoint; the same call again goes on from it.
 
     Returns:
         The trained network in evaluation mode, and its evaluation on ``task.valid``.
     """
-    small = shrink(model, space, choice)
+    small = shrink(model, space, choice, None if scratch else largest(model, space, choice))
     config = config or TrainConfig()
     if scratch:
         reset(small, config.seed)
     return finish(small, task, config, folder=folder, progress=progress)
+
+
+def largest(model: nn.Module, space: WidthSpace, choice: WidthChoice) -> dict[str, NDArray[np.int64]]:
+    """Per group the units (ascending) whose weights are largest: what of a trained network is worth keeping."""
+    pairs = zip(space.groups, choice.widths, importances(space, model), strict=True)
+    return {group.name: np.sort(np.argsort(-size, kind="stable")[:width]) for group, width, size in pairs}
 
 
 def finish(

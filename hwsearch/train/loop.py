@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hwsearch.device.lock import background_lock
 from hwsearch.errors import InputError
-from hwsearch.train import checkpoint
+from hwsearch.train import checkpoint, processes
 from hwsearch.train.data import Batch, Examples, Shuffle, in_order
 from hwsearch.train.seeds import generator, torch_seed
 from hwsearch.train.strides import strided_inputs
@@ -163,7 +163,7 @@ def run_steps(
     total = config.total_steps(len(examples))
     shuffle = Shuffle(len(examples), config.batch_size, config.seed)
     whole = {**_identity(config), **identity, "steps": total, "data": examples.identity}
-    with settings(config), strided_inputs(model):
+    with settings(config), strided_inputs(model), processes.whole_batch_statistics(model):
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimiser = _optimiser(model, config)
@@ -245,9 +245,10 @@ def background(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def training_batch(step: int, examples: Examples, shuffle: Shuffle, config: TrainConfig) -> Batch:
-    """What step number ``step`` trains on: shuffled and augmented by (seed, step)."""
-    augment = generator(config.seed, "augment", step)
-    return laid_out(examples.take(shuffle.indices(step), augment=augment), config)
+    """What step number ``step`` trains on: shuffled and augmented by (seed, step); of several processes, this one's
+    part of it (augmented on its own)."""
+    augment = generator(config.seed, "augment", step, *([processes.rank()] if processes.count() > 1 else []))
+    return laid_out(examples.take(processes.share(shuffle.indices(step)), augment=augment), config)
 
 
 class _State:
@@ -265,11 +266,16 @@ class _State:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self._tensors[f"momentum.{name}"] = optimiser.state[parameter]["momentum_buffer"]
-        if self._path is not None and (found := checkpoint.load(self._path, identity=identity)) is not None:
+        first = processes.rank() == 0
+        if first and self._path is not None and (found := checkpoint.load(self._path, identity=identity)) is not None:
             tensors, self.step, notes = found
             checkpoint.copy_into(self._tensors, tensors, self._path)
             self.history = [(int(step), float(loss)) for step, loss in notes["history"]]
             self._sum, self._count = float(notes["sum"]), int(notes["count"])
+        processes.tensors_from_first(list(self._tensors.values()))
+        self.step, self.history, self._sum, self._count = processes.from_first(
+            (self.step, self.history, self._sum, self._count)
+        )
 
     def note(self, loss: float, total: int) -> None:
         """Count one step and its loss; the history keeps a mean for every ``total / 200`` steps."""
@@ -285,7 +291,7 @@ class _State:
 
     def save(self) -> None:
         """Write the checkpoint, where there is a folder."""
-        if self._path is not None:
+        if self._path is not None and processes.rank() == 0:
             notes = {"history": self.history, "sum": self._sum, "count": self._count}
             checkpoint.save(self._path, self._tensors, step=self.step, identity=self._identity, notes=notes)
 
@@ -305,7 +311,8 @@ def _one_step(
     for group in optimiser.param_groups:
         group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
-    loss = float(run(step, batch))
+    loss = processes.mean(float(run(step, batch)))
+    processes.average_gradients([p for group in optimiser.param_groups for p in group["params"]])
     if not np.isfinite(loss):
         raise InputError(f"the loss is {loss} at step {step} of {total}; lower learning_rate ({config.learning_rate})")
     optimiser.step()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hwsearch.errors import InputError
+from hwsearch.train import folders
 from hwsearch.train.data import Batch, Examples, limit, split, synthetic_images
 from hwsearch.train.fashion_mnist import load_fashion_mnist
 
@@ -97,6 +98,40 @@ class Classification:
 
 
 @dataclass(frozen=True)
+class MultiLabel:
+    """Any number of yes-or-no labels each: binary cross-entropy, and the accuracy averaged over the labels.
+
+    Batches: (inputs, labels (B, K) of 0 and 1); outputs: logits (B, K).
+    """
+
+    train: Examples
+    valid: Examples
+    metric_name: str = "label accuracy"
+    higher_is_better: bool = True
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Mean binary cross-entropy over examples and labels."""
+        return functional.binary_cross_entropy_with_logits(output, batch[1].to(output.dtype))
+
+    def tally(self, output: Tensor, batch: Batch) -> Tensor:
+        """(sum of cross-entropies, labels right, labels, examples)."""
+        labels = batch[1].double()
+        loss = functional.binary_cross_entropy_with_logits(output.double(), labels, reduction="sum")
+        right = ((output > 0) == (batch[1] > 0.5)).sum()
+        counts = torch.tensor([float(output.numel()), float(len(output))], dtype=torch.float64)
+        return torch.cat([torch.stack([loss, right.double()]), counts])
+
+    def summary(self, tally: Tensor) -> Evaluation:
+        """Cross-entropy in nats a label, and the share of labels that are right."""
+        loss, right, labels, examples = tally.tolist()
+        return Evaluation(loss / labels, right / labels, int(examples))
+
+    def imitate(self, output: Tensor, teacher: Tensor) -> Tensor:
+        """Binary cross-entropy against the teacher's probabilities."""
+        return functional.binary_cross_entropy_with_logits(output, teacher.sigmoid())
+
+
+@dataclass(frozen=True)
 class Regression:
     """Values of any shape: mean squared error, reported as its root. Batches: (inputs, values shaped as outputs)."""
 
@@ -134,11 +169,14 @@ def load_task(
     label_smoothing: float = 0.0,
     shift: int = 0,
     flip: bool = False,
-) -> tuple[Classification, Examples]:
+    size: int = 224,
+) -> tuple[Classification | MultiLabel, Examples]:
     """The task that a name stands for, and its test set, which no search may look at.
 
     Args:
-        data: ``fashion-mnist``, ``synthetic`` (no files needed), or a folder that holds Fashion-MNIST's four IDX files.
+        data: ``fashion-mnist``, ``synthetic`` (no files needed), or a folder. Its layout is recognised: Fashion-MNIST's
+            four IDX files, ImageNet's class folders, CIFAR-10's binary files, or CelebA's attributes (multi-label).
+        size: side of the images, where they are cut from files.
         valid: training examples held out for choosing.
         limit_to: at most this many training examples (held-out ones included); ``None``: all.
         seed: of the split and of the limit.
@@ -146,10 +184,20 @@ def load_task(
     Raises:
         InputError: the name is neither known nor a folder, or files are missing or damaged.
     """
+    whole: Examples
+    test: Examples
     if data == "synthetic":
         whole, test = synthetic_images(4096, seed=1), synthetic_images(1024, seed=2)
     elif data == "fashion-mnist":
         whole, test = load_fashion_mnist(shift=shift, flip=flip)
+    elif (Path(data) / "list_attr_celeba.txt").is_file():
+        whole, test, _ = folders.attributes(data, size=size)
+        train, held_out = split(limit(whole, limit_to, seed), valid, seed)
+        return MultiLabel(train, held_out), test
+    elif (Path(data) / "train").is_dir():
+        whole, test = folders.class_folders(data, size=size)
+    elif any((Path(data) / name).exists() for name in ("cifar-10-batches-bin", "data_batch_1.bin")):
+        whole, test = folders.cifar10(data, shift=shift, flip=flip)
     elif Path(data).is_dir():
         whole, test = load_fashion_mnist(data, shift=shift, flip=flip)
     else:

@@ -55,7 +55,8 @@ class Toy:
 
     @staticmethod
     def budget(space: Any, share: float, latency: Any = None, **settings: Any) -> Budget:
-        """At most ``share`` of the full network's time."""
+        """At most ``share`` of the full network's time, as predicted."""
+        settings.setdefault("quantile", 0.5)
         latency = latency or Staircase()
         full = latency.evaluate(np.asarray([space.full().widths]))[0]
         return Budget([Limit(latency, full * share, **settings)])

@@ -40,14 +40,14 @@ def test_use_and_violation_take_the_worst_limit(toy: Any) -> None:
     latency = toy.Staircase()
     rows = np.asarray([[8, 8], [32, 32]])
     times = latency.evaluate(rows)
-    budget = Budget([Limit(latency, times[1]), Limit(latency, times[1] / 2)])
+    budget = Budget([Limit(latency, times[1], 0.5), Limit(latency, times[1] / 2, 0.5)])
     assert budget.evaluate(rows).shape == (2, 2)
     np.testing.assert_allclose(budget.use(rows), times / (times[1] / 2))
     assert budget.feasible(rows).tolist() == [True, False]
     np.testing.assert_allclose(budget.violation(rows), [0.0, 1.0])
     # A budget is kept up to exactly its limit, and not a little further.
-    assert Budget([Limit(latency, times[0])]).feasible(rows[:1]).tolist() == [True]
-    assert Budget([Limit(latency, times[0] * (1 - 1e-9))]).feasible(rows[:1]).tolist() == [False]
+    assert Budget([Limit(latency, times[0], 0.5)]).feasible(rows[:1]).tolist() == [True]
+    assert Budget([Limit(latency, times[0] * (1 - 1e-9), 0.5)]).feasible(rows[:1]).tolist() == [False]
     assert budget.evaluate(np.zeros((0, 2), dtype=np.int64)).shape == (0, 2)
 
 
@@ -60,6 +60,15 @@ def test_a_prediction_that_is_no_number_never_fits(toy: Any) -> None:
     assert budget.feasible(np.asarray([[1]])).tolist() == [False]
     with pytest.raises(InfeasibleBudgetError, match="finite predicted time"):
         budget.check_reachable(toy.space())
+
+
+def test_a_limit_is_kept_with_probability_0_95_unless_it_is_measured(toy: Any) -> None:
+    latency = toy.Staircase()
+    rows = np.asarray([[8, 16]])
+    assert Limit(latency, 1.0).quantile == 0.95
+    np.testing.assert_allclose(Limit(latency, 1.0).evaluate(rows), latency.interval(rows, 0.9)[1])
+    assert Limit(latency, 1.0, measure=lambda choice: 1.0).quantile == 0.5
+    assert Limit(type("OnlyTimes", (), {"evaluate": lambda self, c: c.sum(1)})(), 1.0).quantile == 0.5
 
 
 def test_a_quantile_compares_the_upper_side_of_the_interval(toy: Any) -> None:
@@ -92,14 +101,14 @@ def test_repeated_rows_are_predicted_once(toy: Any) -> None:
 def test_the_smallest_time_is_found_where_the_narrowest_is_not_the_fastest(toy: Any) -> None:
     space = toy.space([[10, 16, 24, 32]] * 4)
     latency = toy.Staircase(bump=4)  # 10 channels cost as much as 48
-    budget = Budget([Limit(latency, 1.0)])
+    budget = Budget([Limit(latency, 1.0, 0.5)])
     fastest = latency.evaluate(np.full((1, 4), 16))[0]
     assert budget.reachable(space).smallest_ms == pytest.approx(fastest)
     assert budget.reachable(space).largest_ms == pytest.approx(latency.evaluate(np.full((1, 4), 32))[0])
     # Just enough for 16 everywhere, by far too little for the all-minimum choice: still reachable.
-    Budget([Limit(latency, fastest * 1.001)]).check_reachable(space)
+    Budget([Limit(latency, fastest * 1.001, 0.5)]).check_reachable(space)
     with pytest.raises(InfeasibleBudgetError, match="smallest reachable is") as caught:
-        Budget([Limit(latency, fastest * 0.99, name="box")]).check_reachable(space)
+        Budget([Limit(latency, fastest * 0.99, 0.5, name="box")]).check_reachable(space)
     assert caught.value.smallest_ms == pytest.approx(fastest)
     assert caught.value.exit_code == 1
     assert "on box" in str(caught.value)
@@ -207,7 +216,7 @@ def test_repair_keeps_several_limits(toy: Any) -> None:
     space = toy.space(groups=8)
     one, two = toy.Staircase(block=8), toy.Staircase(block=16, bump=2, fixed_ms=0.5)
     full = [latency.evaluate(np.asarray([space.full().widths]))[0] for latency in (one, two)]
-    budget = Budget([Limit(one, full[0] * 0.4), Limit(two, full[1] * 0.5)])
+    budget = Budget([Limit(one, full[0] * 0.4, 0.5), Limit(two, full[1] * 0.5, 0.5)])
     rng = np.random.default_rng(0)
     repaired = budget.repair(space, WidthGrid.of(space).sample(40, rng), rng)
     assert (budget.evaluate(repaired) <= [full[0] * 0.4, full[1] * 0.5]).all()

@@ -94,7 +94,7 @@ def test_a_space_draws_by_group_with_its_own_bins(toy: Any) -> None:
     assert pattern.choice == choice
     assert pattern.by_group(space)["g1"].tolist() == list(range(8))
     assert leftmost(choice).choice == choice
-    assert bins_of(space, None) == (1, 1)
+    assert bins_of(space, None) == (4, 1)  # the distance between the allowed widths
     assert bins_of(space, 16) == (16, 8)
     with pytest.raises(InputError, match="bin_units is 0"):
         bins_of(space, 0)

@@ -1,0 +1,706 @@
+#!/usr/bin/env python
+"""Measures the search: does the super-network rank widths rightly, and is what it finds better than what is simpler?
+
+    python tools/bench_search.py ranking --device x86-ort-1t --output build/ranking.csv --seconds 600
+    python tools/bench_search.py search  --device x86-ort-1t --output build/search.csv --seconds 600
+    python tools/bench_search.py measure --device x86-ort-1t --output build/search.csv
+    python tools/bench_search.py step    --output build/step.csv
+    python tools/bench_search.py report  --output build/ranking.csv build/search.csv
+
+Every finished training or search is a line of the output file, so a run that was stopped (``--seconds`` stops it in
+time) goes on. One torch thread. Milliseconds are predictions from the device's table until ``measure``, which takes the
+timing lock, has put measured ones beside them.
+
+``ranking``: widths in strata of nearly equal milliseconds, each trained alone from scratch with two seeds (the truth:
+negative log-likelihood on the test set), against the held-out loss under shared weights: CafeNet (r = 1, 2), slimmable
+(r = 0), BCNet, and MACs alone. ``report`` gives Kendall's tau within strata with bootstrap intervals, the tau between
+the two seeds beside it.
+
+``search``: found networks against uniform scaling, magnitude, MACs as the only constraint and Torch-Pruning, retrained
+alike; see ``METHODS``. Cost is counted as image passes times MACs (three for a training pass, one for a forward pass).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hwsearch.device.spec import Device
+from hwsearch.errors import HwsearchError, InputError
+from hwsearch.graph.widths import WidthChoice, WidthSpace
+from hwsearch.latency.network import NetworkLatency
+from hwsearch.latency.predictor import LatencyPredictor
+from hwsearch.models import mobilenetv2_small, resnet_small, vgg_small
+from hwsearch.preparation import PREDICTOR
+from hwsearch.search.baselines import importances, knapsack, magnitude, uniform_choices
+from hwsearch.search.budget import Budget, Limit, MegaMacs
+from hwsearch.search.cafenet import CafeNet, CafeNetConfig, train_supernet
+from hwsearch.search.evolution import EvolutionSettings
+from hwsearch.search.grid import WidthGrid, Widths
+from hwsearch.search.result import SearchResult
+from hwsearch.search.scoring import Scorer, ScoringConfig
+from hwsearch.search.stairs import stair_edges
+from hwsearch.search.supernet import SuperNet
+from hwsearch.search.winner import finish, train_choice
+from hwsearch.train.data import Examples, TensorExamples, limit, split
+from hwsearch.train.fashion_mnist import MEAN, STD, load_fashion_mnist
+from hwsearch.train.loop import TrainConfig, evaluate, train
+from hwsearch.train.task import Classification
+
+HEADER = ("part", "setting", "method", "share", "seed", "widths", "accuracy", "nll", "predicted_ms", "gmacs", "note")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One network on one amount of data.
+
+    Attributes:
+        side: images are averaged down to this many pixels a side (28 as they are).
+        images: training images; ``valid`` more are held out for choosing.
+        epochs: of a network trained alone; ``supernet_steps`` of the super-network.
+        shares: budgets, as shares of the full network's predicted milliseconds.
+    """
+
+    model: Callable[[], nn.Module]
+    side: int
+    quantum: int
+    minimum: float | int
+    images: int
+    valid: int
+    epochs: float
+    supernet_steps: int
+    batch: int = 64
+    shares: tuple[float, ...] = (0.6, 0.4, 0.28)
+
+
+SETTINGS = {
+    "resnet-14": Setting(resnet_small, 14, 2, 0.125, 2000, 1000, 16, 1000, shares=(0.4, 0.28, 0.6)),
+    "resnet-28": Setting(resnet_small, 28, 2, 0.125, 2000, 1000, 30, 1500),
+    "resnet-28-all": Setting(resnet_small, 28, 2, 0.125, 55000, 5000, 2, 1000, 128),
+    "vgg-14": Setting(lambda: vgg_small(width=0.5), 14, 2, 0.125, 2000, 1000, 30, 1500, shares=(0.4,)),
+    "mobilenet-14": Setting(mobilenetv2_small, 14, 2, 0.125, 2000, 1000, 30, 1500, shares=(0.4,)),
+}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A setting with everything loaded."""
+
+    name: str
+    setting: Setting
+    model: nn.Module
+    space: WidthSpace
+    latency: NetworkLatency
+    full_ms: float
+    device_name: str
+
+    def one_channel(self) -> Ready:
+        """The same network with widths in steps of one channel, which other tools' networks need."""
+        return loaded(self.name, replace(self.setting, quantum=1, minimum=1), self.device_name)
+
+    def budget(self, share: float) -> Budget:
+        """The share of the full network's milliseconds, as a budget on the prediction itself."""
+        return Budget([Limit(self.latency, share * self.full_ms, quantile=0.5)])
+
+    def task(self, seed: int) -> tuple[Classification, Examples]:
+        """Training and held-out images of a seed, and the test set."""
+        train, test = (smaller(part, self.setting.side) for part in load_fashion_mnist())
+        few = limit(train, self.setting.images + self.setting.valid, seed)
+        train_part, held_out = split(few, self.setting.valid, seed)
+        return Classification(train_part, held_out), test
+
+    def training(self, seed: int) -> TrainConfig:
+        """How one network is trained alone."""
+        return TrainConfig(epochs=self.setting.epochs, batch_size=self.setting.batch, seed=seed, checkpoint_s=600)
+
+    def supernet(self, seed: int, **changes: object) -> CafeNetConfig:
+        """How a super-network is trained and judged."""
+        training = TrainConfig(
+            steps=self.setting.supernet_steps, batch_size=self.setting.batch, seed=seed, checkpoint_s=600
+        )
+        return CafeNetConfig(training=training, scoring=ScoringConfig(images=None), **changes)  # type: ignore[arg-type]
+
+
+def smaller(examples: TensorExamples, side: int) -> TensorExamples:
+    """Images averaged down to ``side`` pixels a side."""
+    if side == 28:
+        return examples
+    images = functional.adaptive_avg_pool2d(examples.inputs.float(), side).round().to(torch.uint8)
+    return TensorExamples(images, examples.targets, mean=(MEAN,), std=(STD,))
+
+
+def ready(name: str, device_name: str) -> Ready:
+    """Load a setting; the space's lowering is learnt (not timed) where the device's folder lacks it."""
+    return loaded(name, SETTINGS[name], device_name)
+
+
+def loaded(name: str, setting: Setting, device_name: str) -> Ready:
+    """The same of a setting itself."""
+    torch.manual_seed(0)
+    model = setting.model().eval()
+    space = WidthSpace.from_model(
+        model, torch.zeros(1, 1, setting.side, setting.side), quantum=setting.quantum, minimum=setting.minimum
+    )
+    device = Device.load(device_name)
+    predictor = LatencyPredictor.load(device.table_folder / PREDICTOR)
+    latency = NetworkLatency(space, predictor).prepare()
+    return Ready(name, setting, model, space, latency, float(latency.evaluate([space.full().widths])[0]), device_name)
+
+
+class Rows:
+    """The output file: lines that are there are not made again."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.path, self.stop = path, time.monotonic() + seconds
+        self.known: dict[tuple[str, ...], dict[str, str]] = {}
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                self.known = {self.key(row): row for row in csv.DictReader(file)}
+
+    @staticmethod
+    def key(row: dict[str, str]) -> tuple[str, ...]:
+        """What a line is about."""
+        return tuple(row[name] for name in HEADER[:6])
+
+    def has(self, *key: object) -> bool:
+        """Whether this line is there."""
+        return tuple(map(str, key)) in self.known
+
+    def add(self, key: Sequence[object], **values: object) -> None:
+        """Append one line; stop the program where its time is over."""
+        row = {name: "" for name in HEADER} | dict(zip(HEADER[:6], map(str, key), strict=True))
+        row |= {name: f"{v:.6g}" if isinstance(v, float) else str(v) for name, v in values.items()}
+        new = not self.path.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, HEADER, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.known[self.key(row)] = row
+        print(" ".join(f"{row[name]}" for name in HEADER if row[name]), flush=True)
+        self.check()
+
+    def find(self, *key: object) -> dict[str, str]:
+        """The line of these first columns."""
+        wanted = tuple(map(str, key))
+        return next(row for known, row in self.known.items() if known[: len(wanted)] == wanted)
+
+    def has_any(self, *key: object) -> bool:
+        """Whether a line of these first columns is there."""
+        wanted = tuple(map(str, key))
+        return any(known[: len(wanted)] == wanted for known in self.known)
+
+    def check(self) -> None:
+        """Stop where the time is over."""
+        if time.monotonic() > self.stop:
+            print("time is over; the same command goes on", file=sys.stderr)
+            raise SystemExit(0)
+
+
+def text(widths: Sequence[int]) -> str:
+    """Widths as they stand in the file."""
+    return "-".join(map(str, widths))
+
+
+# ---------------------------------------------------------------- ranking
+
+
+STRATUM, IN_STRATUM, TRUTH_SEEDS = 0.02, 10, 2
+SUPERNETS: dict[str, dict[str, object]] = {
+    "cafenet r=1": {"offset": 1},
+    "slimmable r=0": {"offset": 0},
+    "cafenet r=2": {"offset": 2},
+    "BCNet": {"sharing": "bilateral"},
+    "cafenet r=1, distilled": {"offset": 1, "distillation": 0.5},
+}
+#: Trained for a share of the whole steps, from the shared weights of CafeNet r=1 or from scratch.
+SHORT = {"inherited, 1/8": (0.125, False), "scratch, 1/4": (0.25, True)}
+
+
+def strata(ready: Ready) -> list[tuple[float, Widths]]:
+    """Widths (10, G) for every share, within 2 % of equal milliseconds, drawn from the stair edges."""
+    found = []
+    for share in ready.setting.shares:
+        budget = ready.budget(share)
+        grid = WidthGrid.of(stair_edges(ready.space, budget).space)
+        rng = np.random.default_rng([7, round(share * 100)])
+        rows = np.unique(grid.sample(200_000, rng), axis=0)
+        use = budget.use(rows)
+        inside = rows[(use <= 1) & (use > 1 - STRATUM)]
+        if len(inside) < IN_STRATUM:
+            raise InputError(f"only {len(inside)} widths lie within 2 % of {share:.0%}: widen the space")
+        found.append((share, inside[rng.choice(len(inside), IN_STRATUM, replace=False)]))
+    return found
+
+
+def ranking(ready: Ready, rows: Rows) -> None:
+    """The truth, seed by seed, then what each super-network says of the same widths."""
+    layers = strata(ready)
+    for seed in range(TRUTH_SEEDS):
+        for share, choices in layers:
+            for widths in choices.tolist():
+                key = ("ranking", ready.name, "alone", share, seed, text(widths))
+                if not rows.has(*key):
+                    alone(ready, rows, key, WidthChoice(tuple(widths)), seed)
+        for method in SUPERNETS:
+            score(ready, rows, method, seed, layers)
+    for seed in range(TRUTH_SEEDS):
+        for method, (part, scratch) in SHORT.items():
+            for share, choices in layers:
+                for widths in choices.tolist():
+                    key = ("ranking", ready.name, method, share, seed, text(widths))
+                    if not rows.has(*key):
+                        shortly(ready, rows, key, WidthChoice(tuple(widths)), seed, part, scratch)
+
+
+def shortly(
+    ready: Ready, rows: Rows, key: Sequence[object], choice: WidthChoice, seed: int, part: float, scratch: bool
+) -> None:
+    """Held-out loss after a short training, as finalists have it."""
+    task, _ = ready.task(seed)
+    training = ready.training(seed)
+    training = replace(training, steps=max(round(training.total_steps(len(task.train)) * part), 1))
+    if scratch:
+        _, judged = train_choice(ready.model, ready.space, choice, task, training)
+    else:
+        net, scorer = scored(ready, rows, "cafenet r=1", seed)
+        small = net.extract(scorer.pattern(choice), scorer.calibration())
+        _, judged = finish(small, task, training)
+    rows.add(key, nll=judged.loss)
+
+
+def alone(
+    ready: Ready, rows: Rows, key: Sequence[object], choice: WidthChoice, seed: int, extra: float = 0.0
+) -> None:
+    """Train one network from scratch and test it; ``extra`` is what finding its widths cost."""
+    task, test = ready.task(seed)
+    training = ready.training(seed)
+    network, _ = train_choice(ready.model, ready.space, choice, task, training)
+    tested = evaluate(network, task, test, training)
+    steps = training.total_steps(len(task.train))
+    rows.add(
+        key, accuracy=tested.metric, nll=tested.loss,
+        predicted_ms=float(ready.latency.evaluate([choice.widths])[0]),
+        gmacs=extra + 3e-9 * steps * training.batch_size * ready.space.macs(choice),
+        note=f"{ready.space.macs(choice)} MACs",
+    )  # fmt: skip
+
+
+def scored(ready: Ready, rows: Rows, method: str, seed: int) -> tuple[SuperNet, Scorer]:
+    """A super-network, trained or read from its checkpoint, and what judges its sub-networks."""
+    task, _ = ready.task(seed)
+    config = ready.supernet(seed, **SUPERNETS[method])
+    space = stair_edges(ready.space, ready.budget(ready.setting.shares[0])).space
+    folder = rows.path.parent / "supernets" / f"{ready.name}-{method.replace(' ', '-')}-{seed}"
+    net = train_supernet(space, ready.model, task, config, folder)
+    return net, Scorer(
+        net, task, config.scoring, config.training, offset=config.offset, bilateral=config.sharing == "bilateral"
+    )
+
+
+def score(
+    ready: Ready, rows: Rows, method: str, seed: int, layers: list[tuple[float, Widths]]
+) -> None:
+    """Train one super-network and score all strata; the lines are written together at its end."""
+    keys = [
+        ("ranking", ready.name, method, share, seed, text(row)) for share, choices in layers for row in choices.tolist()
+    ]
+    if all(rows.has(*key) for key in keys):
+        return
+    rows.check()
+    _, scorer = scored(ready, rows, method, seed)
+    every = np.concatenate([choices for _, choices in layers])
+    losses = scorer(every)
+    stop, rows.stop = rows.stop, float("inf")
+    for key, loss in zip(keys, losses.tolist(), strict=True):
+        if not rows.has(*key):
+            rows.add(key, nll=loss)
+    rows.stop = stop
+
+
+# ---------------------------------------------------------------- search
+
+
+CANDIDATES, UNIFORM = 200, (0.25, 0.375, 0.5, 0.625, 0.75)
+
+
+@dataclass
+class Seed:
+    """What one seed's searches share; each is made when it is first asked for, and its cost counted once."""
+
+    ready: Ready
+    seed: int
+    folder: Path
+
+    def path(self, name: str) -> Path:
+        """A folder of this seed."""
+        return self.folder / f"{self.ready.name}-{self.seed}" / name
+
+    def config(self, **changes: object) -> CafeNetConfig:
+        """The search as it is by default, at the settings' sizes."""
+        base = self.ready.supernet(self.seed)
+        evolution = EvolutionSettings(population=20, generations=50, evaluations=CANDIDATES)
+        return replace(base, evolution=evolution, winner=self.ready.training(self.seed), **changes)  # type: ignore[arg-type]
+
+    def pretrained(self) -> tuple[nn.Module, float]:
+        """The full network, trained once, and what that cost."""
+        task, _ = self.ready.task(self.seed)
+        training = self.ready.training(self.seed)
+        space = self.ready.space
+        network, _ = train_choice(
+            self.ready.model, space, space.full(), task, training, folder=self.path("full")
+        )
+        return network, training_cost(self.ready, training, len(task.train), space.macs(space.full()))
+
+    def supernet(self, space: WidthSpace, name: str) -> tuple[SuperNet, float]:
+        """A super-network over a space, and what it cost: full and sampled steps, patterns included."""
+        config, (task, _) = self.config(), self.ready.task(self.seed)
+        net = train_supernet(space, self.ready.model, task, config, self.path(f"supernet-{name}"))
+        full = space.macs(space.full())
+        drawn = float(space.macs_array(WidthGrid.of(space).sample(4000, np.random.default_rng(0))).mean())
+        passes = config.training.steps * config.training.batch_size / 2  # type: ignore[operator]  # every other step
+        return net, 1e-9 * passes * (3 * full + (config.patterns + 3) * drawn)
+
+
+def training_cost(ready: Ready, training: TrainConfig, examples: int, macs: int) -> float:
+    """GMACs of one training: three passes a step."""
+    return 3e-9 * training.total_steps(examples) * training.batch_size * macs
+
+
+def search(ready: Ready, rows: Rows, seeds: int) -> None:
+    """Every method at every share, seed by seed, so that means over seeds are paired."""
+    for seed in range(seeds):
+        shared = Seed(ready, seed, rows.path.parent / "search")
+        for share in ready.setting.shares:
+            for method, run in METHODS.items():
+                if not rows.has_any("search", ready.name, method, share, seed):
+                    rows.check()
+                    run(shared, rows, method, share)
+        for ratio in UNIFORM:
+            choice = ready.space.uniform(ratio)
+            key = ("search", ready.name, "uniform", ratio, seed, text(choice.widths))
+            if not rows.has(*key):
+                alone(ready, rows, key, choice, seed)
+
+
+def cafenet(shared: Seed, rows: Rows, method: str, share: float, **changes: object) -> None:
+    """A search of ours under milliseconds; the winner is trained from scratch."""
+    ready, seed = shared.ready, shared.seed
+    config, (task, test), budget = shared.config(**changes), ready.task(seed), ready.budget(share)
+    space = stair_edges(ready.space, budget).space
+    net, cost = shared.supernet(space, "stairs")
+    found = CafeNet(
+        ready.space, budget, config, model=ready.model, seed=seed, supernet=net,
+        folder=shared.path(f"{method.replace(' ', '-')}-{share}"),
+    ).search(task, None)  # fmt: skip
+    write(shared, rows, method, share, found, cost, config, test)
+
+
+def by_macs(shared: Seed, rows: Rows, method: str, share: float, multiple: int) -> None:
+    """The same search with MACs as its only constraint: as many as uniform scaling has at this share."""
+    ready, seed = shared.ready, shared.seed
+    task, test = ready.task(seed)
+    scalings = uniform_choices(ready.space)
+    widest = scalings[np.flatnonzero(ready.budget(share).feasible(scalings))[-1]]
+    limit_ = Limit(MegaMacs(ready.space), float(ready.space.macs_array(widest[None])[0]) / 1e6, quantile=0.5)
+    net, cost = shared.supernet(ready.space, "free")
+    config = shared.config(bins="none")
+    space = ready.space
+    if multiple > 1:
+        space = space.restrict({
+            g.name: [w for w in g.widths if w % multiple == 0] or [g.units] for g in space.groups
+        })  # fmt: skip
+        net = copy.copy(net)
+        net.space = space
+    found = CafeNet(
+        space, Budget([limit_]), config, model=ready.model, seed=seed, supernet=net,
+        folder=shared.path(f"{method.replace(' ', '-')}-{share}"),
+    ).search(task, None)  # fmt: skip
+    write(shared, rows, method, share, found, cost, config, test)
+
+
+def write(
+    shared: Seed, rows: Rows, method: str, share: float, found: SearchResult, cost: float, config: CafeNetConfig,
+    test: Examples,
+) -> None:  # fmt: skip
+    """The line of a search; cost: super-network, scored candidates, finalists and the winner."""
+    ready, task = shared.ready, shared.ready.task(shared.seed)[0]
+    assert found.model is not None
+    assert config.winner is not None
+    tested = evaluate(found.model, task, test, config.winner)
+    images = config.scoring.calibration_images + len(task.valid)
+    scored = sum(ready.space.macs(c.choice) for c in found.candidates) * images * 1e-9
+    winner = training_cost(ready, config.winner, len(task.train), found.macs)
+    shorts = [ready.space.macs(WidthChoice(tuple(f["widths"]))) for f in found.extra["finalists"]]
+    short = sum(training_cost(ready, config.winner, len(task.train), m) for m in shorts) * config.finalist_share
+    rows.add(
+        ("search", ready.name, method, share, shared.seed, text(found.choice.widths)),
+        accuracy=tested.metric, nll=tested.loss,
+        predicted_ms=float(ready.latency.evaluate([found.choice.widths])[0]),
+        gmacs=cost + scored + short + winner,
+        note=f"supernet {cost:.4g}, scored {scored:.4g}, finalists {short:.4g}, winner {winner:.4g}",
+    )  # fmt: skip
+
+
+def simple(shared: Seed, rows: Rows, method: str, share: float) -> None:
+    """Magnitude or knapsack of the pretrained full network; its network is trained from scratch as all are."""
+    ready, budget = shared.ready, shared.ready.budget(share)
+    network, cost = shared.pretrained()
+    if method == "knapsack":
+        choice = knapsack(ready.space, budget, importances(ready.space, network)).choice
+    else:
+        choice = magnitude(ready.space, budget, network).candidate.choice
+    key = ("search", ready.name, method, share, shared.seed, text(choice.widths))
+    alone(ready, rows, key, choice, shared.seed, extra=cost)
+
+
+def inherited(shared: Seed, rows: Rows, method: str, share: float) -> None:
+    """Our widths, but with the pretrained network's largest units, fine-tuned: beside Torch-Pruning."""
+    ready = shared.ready
+    first = rows.find("search", ready.name, "ours", share, shared.seed)
+    choice = WidthChoice(tuple(map(int, first["widths"].split("-"))))
+    network, cost = shared.pretrained()
+    key = ("search", ready.name, method, share, shared.seed, text(choice.widths))
+    task, test = ready.task(shared.seed)
+    training = replace(ready.training(shared.seed), learning_rate=FINE_TUNING_RATE)
+    tuned, _ = train_choice(network, ready.space, choice, task, training, scratch=False)
+    tested = evaluate(tuned, task, test, training)
+    searched = float(first["gmacs"])
+    rows.add(
+        key, accuracy=tested.metric, nll=tested.loss, gmacs=cost + searched,
+        predicted_ms=float(ready.latency.evaluate([choice.widths])[0]),
+    )  # fmt: skip
+
+
+FINE_TUNING_RATE = 0.05
+
+
+def torch_pruning(shared: Seed, rows: Rows, method: str, share: float, round_to: int | None) -> None:
+    """Torch-Pruning on the same pretrained network: the smallest ratio whose network keeps the same milliseconds."""
+    try:
+        import torch_pruning as tp  # type: ignore[import-not-found]
+    except ModuleNotFoundError:
+        print(f"{method}: Torch-Pruning is not installed, left out", file=sys.stderr)
+        return
+    ready, (task, test) = shared.ready, shared.ready.task(shared.seed)
+    network, cost = shared.pretrained()
+    fine = ready.one_channel()
+    example = torch.zeros(1, 1, ready.setting.side, ready.setting.side)
+
+    def pruned(ratio: float) -> tuple[nn.Module, tuple[int, ...], float]:
+        model = copy.deepcopy(network)
+        tp.pruner.MagnitudePruner(
+            model, example, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=ratio, round_to=round_to,
+            ignored_layers=[model.classifier],
+        ).step()  # fmt: skip
+        shapes = {name: value.shape for name, value in model.named_parameters()}
+        widths = []
+        for group in fine.space.groups:
+            slot = next(slot for slot in group.slots if slot.axis == 0 and not slot.reads)
+            widths.append(shapes[slot.parameter][0] // slot.elements_per_unit)
+        return model, tuple(widths), float(fine.latency.evaluate([widths])[0])
+
+    for percent in range(5, 95):
+        model, widths, ms = pruned(percent / 100)
+        if ms <= share * ready.full_ms:
+            break
+    training = replace(ready.training(shared.seed), learning_rate=FINE_TUNING_RATE)
+    train(model, task, training)
+    tested = evaluate(model, task, test, training)
+    tuning = training_cost(ready, training, len(task.train), fine.space.macs(WidthChoice(widths)))
+    rows.add(
+        ("search", ready.name, method, share, shared.seed, text(widths)), accuracy=tested.metric, nll=tested.loss,
+        predicted_ms=ms, gmacs=cost + tuning, note=f"ratio {percent / 100}",
+    )  # fmt: skip
+
+
+METHODS: dict[str, Callable[[Seed, Rows, str, float], None]] = {
+    "ours": cafenet,
+    "ours, no finalists": partial(cafenet, finalists=0),
+    "knapsack": simple,
+    "magnitude": simple,
+    "ours, inherited": inherited,
+    "Torch-Pruning": partial(torch_pruning, round_to=None),
+    "Torch-Pruning 16": partial(torch_pruning, round_to=16),
+    "MACs": partial(by_macs, multiple=1),
+    "MACs, multiples of 16": partial(by_macs, multiple=16),
+}
+
+
+# ---------------------------------------------------------------- measuring and reporting
+
+
+def measure_rows(ready: Ready, path: Path, device_name: str) -> None:
+    """Measure every network of the file that has no measured line yet; each is a line ``measured`` of its own."""
+    from hwsearch.device.session import open_session
+    from hwsearch.graph.onnx_build import OnnxTemplate
+    from hwsearch.latency.measure import measure_many
+    from hwsearch.latency.profile import current_check
+    from hwsearch.reparam.fold import fold
+
+    rows = Rows(path, float("inf"))
+    fine = ready.one_channel()
+    wanted = sorted({key[5] for key in rows.known if key[1] == ready.name and key[0] in ("search", "full")})
+    every = [text(ready.space.full().widths), *wanted]
+    missing = [w for w in every if not rows.has("measured", ready.name, "", "", "", w)]
+    device = Device.load(device_name)
+    example = torch.zeros(1, 1, ready.setting.side, ready.setting.side)
+    with open_session(device) as session:
+        reference_ms = current_check(device, session, lambda line: print(line, file=sys.stderr)).reference_ms
+        template = OnnxTemplate(fine.space, fold(ready.model, example, require=False), example)
+        for start in range(0, len(missing), 12):
+            part = missing[start : start + 12]
+            choices = [WidthChoice(tuple(map(int, w.split("-")))) for w in part]
+            files = [(w, template.slice(choice)) for w, choice in zip(part, choices, strict=True)]
+            timings = measure_many(files, session, reference_ms=reference_ms)
+            for w, choice, found in zip(part, choices, timings, strict=True):
+                rows.add(
+                    ("measured", ready.name, "", "", "", w),
+                    predicted_ms=float(fine.latency.evaluate([choice.widths])[0]),
+                    note=f"{found.measured_ms:.6g} ms measured",
+                )  # fmt: skip
+
+
+def report(paths: Sequence[Path]) -> None:
+    """Markdown tables of what the files hold."""
+    lines = [row for path in paths for row in Rows(path, float("inf")).known.values()]
+    for name in dict.fromkeys(row["setting"] for row in lines):
+        report_ranking([row for row in lines if row["setting"] == name and row["part"] == "ranking"], name)
+        report_search([row for row in lines if row["setting"] == name and row["part"] in ("search", "measured")], name)
+
+
+def report_ranking(lines: list[dict[str, str]], name: str) -> None:
+    """Kendall's tau within strata, its bootstrap interval over widths, and the seeds' own tau."""
+    truth: dict[tuple[str, str], dict[str, float]] = {}
+    said: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
+    macs: dict[tuple[str, str], float] = {}
+    for row in lines:
+        place = (row["share"], row["widths"])
+        table = truth if row["method"] == "alone" else said.setdefault(row["method"], {})
+        table.setdefault(place, {})[row["seed"]] = float(row["nll"])
+        if row["method"] == "alone":
+            macs[place] = -float(row["note"].split()[0])
+    seeds = sorted({seed for found in truth.values() for seed in found})
+    whole = {place: float(np.mean(list(found.values()))) for place, found in truth.items() if len(found) == len(seeds)}
+    if not whole:
+        return
+    shares = sorted({share for share, _ in whole})
+    print(f"\n{name}: {len(whole)} widths in {len(shares)} strata, {len(seeds)} seed(s) of truth\n")
+    print("| ranked by | seed | Kendall tau within strata | 90 % interval | NLL lost by its first choice |")
+    print("|---|---|---|---|---|")
+    candidates = {"MACs": {p: {"": m} for p, m in macs.items()}, **said}
+    if len(seeds) > 1:
+        candidates["the other seed, trained alone"] = {p: {"a": truth[p][seeds[0]]} for p in whole}
+    for method, table in candidates.items():
+        other = {p: truth[p][seeds[1]] for p in whole} if method.startswith("the other") else whole
+        for seed in sorted({s for found in table.values() for s in found}):
+            pairs = {p: (table[p][seed], other[p]) for p in whole if seed in table.get(p, {})}
+            if pairs:
+                tau, low, high, regret = strata_tau(pairs, shares)
+                print(f"| {method} | {seed} | {tau:.3f} | {low:.3f} .. {high:.3f} | {regret:.4f} |")
+
+
+def strata_tau(
+    pairs: dict[tuple[str, str], tuple[float, float]], shares: Sequence[str]
+) -> tuple[float, float, float, float]:
+    """Mean over strata of Kendall's tau, 90 % bootstrap interval over widths, mean regret of the one ranked first."""
+    from scipy.stats import kendalltau
+
+    strata_ = [np.array([pair for (share, _), pair in pairs.items() if share == wanted]) for wanted in shares]
+    strata_ = [values for values in strata_ if len(values) > 2]
+    rng = np.random.default_rng(0)
+
+    def tau(parts: list[np.ndarray]) -> float:
+        return float(np.nanmean([kendalltau(part[:, 0], part[:, 1]).statistic for part in parts]))
+
+    draws = [tau([part[rng.integers(0, len(part), len(part))] for part in strata_]) for _ in range(500)]
+    regret = float(np.mean([part[np.argmin(part[:, 0]), 1] - part[:, 1].min() for part in strata_]))
+    return tau(strata_), float(np.quantile(draws, 0.05)), float(np.quantile(draws, 0.95)), regret
+
+
+def report_search(lines: list[dict[str, str]], name: str) -> None:
+    """Means over seeds, and the paired difference to uniform scaling interpolated at the same milliseconds."""
+    measured = {r["widths"]: float(r["note"].split()[0]) for r in lines if r["part"] == "measured"}
+    found = [row for row in lines if row["part"] == "search"]
+    if not found:
+        return
+
+    def ms(row: dict[str, str]) -> float:
+        return measured.get(row["widths"], float(row["predicted_ms"]))
+
+    kind = "measured" if all(row["widths"] in measured for row in found) else "predicted"
+    curves: dict[str, np.ndarray] = {}
+    for seed in {row["seed"] for row in found}:
+        points = sorted((ms(r), float(r["accuracy"]), -float(r["nll"])) for r in found
+                        if r["method"] == "uniform" and r["seed"] == seed)  # fmt: skip
+        if len(points) > 1:
+            curve = np.array(points)
+            curve[:, 1:] = np.maximum.accumulate(curve[:, 1:], axis=0)  # a wider one that is worse is not used
+            curves[seed] = curve
+    print(f"\n{name}: retrained accuracy at {kind} ms; differences are seed-paired, ± standard error\n")
+    print("| ms share | method | n | ms | accuracy | over uniform, points | NLL | TMACs in all |")
+    print("|---|---|---|---|---|---|---|---|")
+    for share in sorted({r["share"] for r in found if r["method"] != "uniform"}, reverse=True):
+        for method in METHODS:
+            mine = [r for r in found if r["method"] == method and r["share"] == share]
+            if not mine:
+                continue
+            gains = [
+                100 * (float(r["accuracy"]) - np.interp(ms(r), curves[r["seed"]][:, 0], curves[r["seed"]][:, 1]))
+                for r in mine if r["seed"] in curves
+            ]  # fmt: skip
+            error = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+            accuracy, nll, gmacs = (np.mean([float(r[name]) for r in mine]) for name in ("accuracy", "nll", "gmacs"))
+            time_ms = np.mean([ms(r) for r in mine])
+            gain = f"{np.mean(gains):+.2f} ± {error:.2f}" if gains else ""
+            print(
+                f"| {share} | {method} | {len(mine)} | {time_ms:.4f} | {accuracy:.4f} | {gain} | {nll:.4f} | "
+                f"{gmacs / 1e3:.2f} |"
+            )
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("ranking", "search", "measure", "report"))
+    parser.add_argument("--device", default="x86-ort-1t", help="its predictor prices the widths")
+    parser.add_argument("--setting", default="resnet-14", choices=list(SETTINGS))
+    parser.add_argument("--output", type=Path, required=True, nargs="+")
+    parser.add_argument("--seeds", type=int, default=6, help="of search")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the line that ends later")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    try:
+        if asked.part == "report":
+            report(asked.output)
+            return 0
+        prepared = ready(asked.setting, asked.device)
+        if asked.part == "measure":
+            measure_rows(prepared, asked.output[0], asked.device)
+        elif asked.part == "ranking":
+            ranking(prepared, Rows(asked.output[0], asked.seconds))
+        else:
+            search(prepared, Rows(asked.output[0], asked.seconds), asked.seeds)
+    except HwsearchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
