@@ -12,14 +12,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hwsearch.models.loading import load_factory
     from hwsearch.models.mobilenetv2 import mobilenetv2_small
+    from hwsearch.models.mobileone import mobileone_s0, mobileone_small
+    from hwsearch.models.repvgg import repvgg_a0, repvgg_small
     from hwsearch.models.resnet import resnet18, resnet_small
     from hwsearch.models.vgg import vgg11, vgg_small
 
-__all__ = ["load_factory", "mobilenetv2_small", "resnet18", "resnet_small", "vgg11", "vgg_small"]
+__all__ = [
+    "load_factory",
+    "mobilenetv2_small",
+    "mobileone_s0",
+    "mobileone_small",
+    "repvgg_a0",
+    "repvgg_small",
+    "resnet18",
+    "resnet_small",
+    "vgg11",
+    "vgg_small",
+]
 
 _FILES = {
     "load_factory": "loading",
     "mobilenetv2_small": "mobilenetv2",
+    "mobileone_s0": "mobileone",
+    "mobileone_small": "mobileone",
+    "repvgg_a0": "repvgg",
+    "repvgg_small": "repvgg",
     "resnet18": "resnet",
     "resnet_small": "resnet",
     "vgg11": "vgg",

@@ -1,4 +1,4 @@
-"""Prove a fold: run the unfolded network beside the folded one where mistakes show.
+"""Prove a fold: run the unfolded network beside the folded one where mistakes show, and each block beside its fold.
 
 Fresh batch norms (mean 0, variance 1, gamma 1, beta 0) hide almost every folding bug, so each case but the first draws
 new statistics: negative and zero gammas, shifted means, its own eps. Running statistics are drawn around those of the
@@ -11,16 +11,19 @@ Reference: RepVGG tools/verify.py (randomised statistics); tolerance rule: relat
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from hwsearch.errors import CheckFailedError, InputError, InternalError
-from hwsearch.reparam.fold import fold, plan_fold
+from hwsearch.errors import CheckFailedError, InputError
+from hwsearch.reparam.border import BlockCase, block_cases
+from hwsearch.reparam.fold import fold, fold_blocks, plan_fold
+from hwsearch.reparam.statistics import randomise
 
 _EPS32 = torch.finfo(torch.float32).eps
 #: A network may have this many times the rounding noise measured on its unfolded self (one sample is not its bound).
@@ -50,17 +53,21 @@ class FoldCase:
 
 @dataclass(frozen=True, slots=True)
 class FoldReport:
-    """Result of ``prove``: every case, the folded (layer, batch norm) pairs and what stayed, with the reason."""
+    """Result of ``prove``: every case, the folded (layer, batch norm) pairs and what stayed, with the reason.
+
+    ``blocks``: each block of branches by itself, border and interior apart (``hwsearch.reparam.border``).
+    """
 
     model: str
     pairs: tuple[tuple[str, str], ...]
     left: tuple[tuple[str, str], ...]
     cases: tuple[FoldCase, ...]
+    blocks: tuple[BlockCase, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """True when every case is within its tolerance."""
-        return all(case.ok for case in self.cases)
+        """True when every case and every block is within its tolerance."""
+        return all(case.ok for case in self.cases) and all(block.ok for block in self.blocks)
 
     @property
     def max_abs_error(self) -> float:
@@ -78,8 +85,26 @@ class FoldReport:
         errors = {"max_abs_error": self.max_abs_error, "max_relative_error": self.max_relative_error}
         return {**head, **errors, **asdict(self)}
 
+    def save(self, path: Path) -> None:
+        """Write the report as JSON.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        try:
+            Path(path).write_text(json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}; choose a writable path") from error
+
     def require(self) -> FoldReport:
-        """The report itself. Raises CheckFailedError naming the worst case when the fold is wrong."""
+        """The report itself. Raises CheckFailedError naming the worst block or case when the fold is wrong."""
+        if bad := [block for block in self.blocks if not block.ok]:
+            first = max(bad, key=lambda block: max(block.border_error, block.interior_error))
+            raise CheckFailedError(
+                f"the fold of block {first.name!r} of {self.model} is wrong: relative error {first.border_error:.2g} "
+                f"on the border and {first.interior_error:.2g} inside, {first.tolerance:.2g} allowed (random "
+                f"statistics, seed {first.seed}); do not deploy it"
+            )
         wrong = [case for case in self.cases if not case.ok]
         if wrong:
             worst = max(wrong, key=lambda case: case.max_relative_error / max(case.tolerance, 1e-300))
@@ -121,55 +146,24 @@ def prove(
     plan = plan_fold(model, inputs["normal"].to(_dtype(model)))
     make_fold = fold_function or (lambda network: fold(network, inputs["normal"].to(_dtype(network))))
     cases = [] if folded is None else _cases(model, folded, inputs, "as given", seed)
+    blocks: list[BlockCase] = []
     for repeat in range(repeats):
         network = copy.deepcopy(model).double()
         randomise(network, inputs["normal"].double(), torch.Generator().manual_seed(seed + 1 + repeat))
-        cases += _cases(network, make_fold(network), inputs, "random", seed + 1 + repeat)
-    return FoldReport(type(model).__name__, plan.pairs, plan.left, tuple(cases))
-
-
-def randomise(model: nn.Module, example_input: Tensor, generator: torch.Generator) -> None:
-    """Give every batch norm random statistics, in place: gamma in ±[0.3, 1.5] with one in ten zero, beta in ±0.5.
-
-    Running mean and variance are those of the activations on ``example_input`` (batch first), moved by up to half a
-    standard deviation and scaled by 0.3 to 2: non-trivial, yet a deep network's activations neither die nor explode.
-    """
-
-    def uniform(like: Tensor, low: float, high: float) -> Tensor:
-        return torch.rand(like.shape, generator=generator, dtype=torch.float64).mul_(high - low).add_(low).to(like)
-
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    momenta = [norm.momentum for norm in norms]
-    batch = torch.cat([example_input, *(_like(example_input, generator) for _ in range(7))])
-    with torch.no_grad():
-        for norm in norms:
-            norm.eps = float(10 ** uniform(torch.empty(()), -5, -2.5))
-            if norm.affine:
-                sign = torch.sign(uniform(norm.weight, -1, 1))
-                alive = (uniform(norm.weight, 0, 1) > 0.1).to(norm.weight)
-                norm.weight.copy_(sign * alive * uniform(norm.weight, 0.3, 1.5))
-                norm.bias.copy_(uniform(norm.bias, -0.5, 0.5))
-            norm.train()
-            norm.momentum = 1.0  # the running statistics become those of this batch
-        model(batch)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.eval()
-            norm.momentum = momentum
-            mean, variance = norm.running_mean, norm.running_var
-            if mean is None or variance is None:
-                raise InternalError("a batch norm lost its running statistics in a forward pass")
-            mean.add_(variance.sqrt() * uniform(mean, -0.5, 0.5))
-            variance.mul_(uniform(variance, 0.3, 2.0)).add_(0.01 * variance.mean())  # a dead channel's is zero
+        if any(kind != "odbb" for _, kind in plan.blocks):
+            network = network.float()  # many blocks of other libraries make float32 kernels, and fail in float64
+        folded = make_fold(network)
+        cases += _cases(network, folded, inputs, "random", seed + 1 + repeat)
+        if plan.blocks:
+            without_pairs = fold_blocks(network, inputs["normal"].to(_dtype(network)))[0]
+            blocks += block_cases(network, without_pairs, plan.blocks, inputs["normal"], seed + 1 + repeat)
+    return FoldReport(type(model).__name__, plan.pairs, plan.left, tuple(cases), tuple(blocks))
 
 
 def _inputs(shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
     """Inputs of non-zero mean (a zero mean hides border mistakes), a constant one, and large values."""
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
     return {"normal": normal + 0.3, "constant": torch.full(shape, 0.7, dtype=torch.float64), "large": 20 * normal - 5}
-
-
-def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) + 0.3
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

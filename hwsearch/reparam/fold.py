@@ -1,8 +1,10 @@
-"""Fold batch norm into the convolution or linear layer before it: the same function, fewer kernels.
+"""Fold a network for its run time: branches into one convolution, batch norms into the layer before them.
 
-In eval mode a batch norm is the affine map ``a*y + c`` per channel with ``a = gamma / sqrt(var + eps)`` and
-``c = beta - mean * a``; behind ``y = W x + b`` both are one layer with weight ``a*W`` and bias ``a*b + c``. That is
-exact for every stride, padding (mode), dilation and group count, because ``a`` and ``c`` act on the output alone.
+Blocks come first (``ODBB``, and those of other libraries that bring a folding method), then every pair of a convolution
+or linear layer and a batch norm. In eval mode a batch norm is the affine map ``a*y + c`` per channel with
+``a = gamma / sqrt(var + eps)`` and ``c = beta - mean * a``; behind ``y = W x + b`` both are one layer with weight
+``a*W`` and bias ``a*b + c``. That is exact for every stride, padding (mode), dilation and group count, because ``a``
+and ``c`` act on the output alone.
 
 Contract: the model given is never changed; a fold either holds or raises; what stays unfolded is in ``FoldPlan.left``.
 """
@@ -19,6 +21,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from hwsearch.errors import CheckFailedError, InputError, InternalError, UnsupportedModelError
+from hwsearch.reparam.algebra import scale_and_shift
+from hwsearch.reparam.foreign import blocks_of, fold_foreign, foreign_blocks, replace_module
 from hwsearch.reparam.trace import Call, batch_norms, is_plain_norm, trace
 
 #: Largest error of a folded network against the original, relative to the largest output, by type of the output.
@@ -27,29 +31,62 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, tor
 
 @dataclass(frozen=True, slots=True)
 class FoldPlan:
-    """What can be folded: ``pairs`` of (layer, batch norm) names, and ``left``: (batch norm, why it stays)."""
+    """What is folded: ``pairs`` of (layer, batch norm) names, ``left``: (batch norm or block, why it stays), and
+    ``blocks``: (name, "odbb" or the method of another library's block), which are folded before pairs are sought."""
 
     pairs: tuple[tuple[str, str], ...]
     left: tuple[tuple[str, str], ...] = ()
+    blocks: tuple[tuple[str, str], ...] = ()
 
 
 def plan_fold(model: nn.Module, example_input: Tensor | None = None) -> FoldPlan:
-    """Find every batch norm whose only input is a convolution or linear layer that nothing else reads.
+    """Find every block, and every batch norm whose only input is a layer that nothing else reads.
 
     Args:
-        model: in eval mode; batch is the first axis of its tensors.
-        example_input: needed only where ``torch.fx`` cannot follow the model, or cannot tell a tensor's rank.
+        model: in eval mode; batch is the first axis of its tensors; not changed.
+        example_input: needed where ``torch.fx`` cannot follow the model or cannot tell a tensor's rank, and for blocks
+            of other libraries, whose folds are checked on it.
     Raises:
-        InputError: a module is in training mode (named), or lazy and not yet built.
+        InputError: a module is in training mode (named), or lazy and not yet built; a branch is not aligned.
         UnsupportedModelError: the model cannot be traced, or only with an example input.
+        CheckFailedError: a block of another library does not fold into what it computes.
     """
     _refuse_training(model)
+    return fold_blocks(model, example_input)[1]
+
+
+def fold_blocks(
+    model: nn.Module, example_input: Tensor | None, *, minimal: bool = True, foreign: bool = True
+) -> tuple[nn.Module, FoldPlan]:
+    """The model, or its copy where it has blocks, with these folded; and the plan, its pairs not yet folded."""
+    own, others = list(blocks_of(model)), foreign_blocks(model) if foreign else ()
+    left, blocks = [], []
+    if own or others:
+        model = _copied(model)
+        for name, block in list(blocks_of(model)):
+            if any(module._forward_hooks or module._forward_pre_hooks for module in block.modules()):
+                left.append((name, "it has a forward hook, which may change values: remove it first"))
+                continue
+            try:
+                model = replace_module(model, block, block.fold(minimal))
+            except InputError as error:
+                raise InputError(f"block {name or 'ODBB'!r} does not fold: {error}") from error
+            blocks.append((name, "odbb"))
+    if others and example_input is None:
+        raise UnsupportedModelError(
+            f"{others[0] or type(model).__name__!r} is a block of another library, whose fold is checked on a real "
+            "input: pass example_input to fold"
+        )
+    if others and example_input is not None:
+        model, folded = fold_foreign(model, example_input)
+        blocks += folded
     try:
-        return _plan(model, *trace(model))
+        pairs = _plan(model, *trace(model))
     except UnsupportedModelError:
         if example_input is None:
             raise
-        return _plan(model, *trace(model, example_input))
+        pairs = _plan(model, *trace(model, example_input))
+    return model, FoldPlan(pairs.pairs, (*left, *pairs.left), tuple(blocks))
 
 
 def _plan(model: nn.Module, calls: tuple[Call, ...], elsewhere: frozenset[str]) -> FoldPlan:
@@ -69,19 +106,30 @@ def _plan(model: nn.Module, calls: tuple[Call, ...], elsewhere: frozenset[str]) 
     return FoldPlan(tuple(pairs), tuple(left))
 
 
-def fold(model: nn.Module, example_input: Tensor | None = None, *, require: bool = True) -> nn.Module:
-    """A copy of the model with every foldable batch norm merged into the layer before it.
+def fold(
+    model: nn.Module,
+    example_input: Tensor | None = None,
+    *,
+    require: bool = True,
+    minimal: bool = True,
+    foreign: bool = True,
+) -> nn.Module:
+    """A copy of the model with every block of branches one convolution, and every foldable batch norm merged.
 
-    The layers keep their names, dtype, memory format and ``requires_grad``, and gain a bias; each folded batch norm
-    becomes ``nn.Identity``. Products are computed in float64 and rounded once. With an example input the copy is also
-    run against the original. An optimiser made for the original does not know the copy's parameters.
+    An ``ODBB``, or a block of another library that brings ``fuse``, ``reparameterize``, ``switch_to_deploy`` or
+    ``merge_kernel``, is replaced by what it folds into. The layers keep their names, dtype, memory format and
+    ``requires_grad``, and gain a bias; each folded batch norm becomes ``nn.Identity``. Products are computed in float64
+    and rounded once. With an example input the copy is also run against the original. An optimiser made for the
+    original does not know the copy's parameters.
 
     Args:
         model: in eval mode; not changed.
         example_input: see ``plan_fold``.
         require: raise when there is nothing to fold (a silent no-op is the most common way to deploy a slow network).
+        minimal: a block of which only small branches run becomes a small convolution (only 1x1: a 1x1 convolution).
+        foreign: fold blocks of other libraries by their own methods, each checked on the input that it gets.
     Raises:
-        InputError: training mode, or nothing foldable while ``require``.
+        InputError: training mode, a branch that is not aligned, or nothing foldable while ``require``.
         UnsupportedModelError: the model cannot be traced or copied.
         CheckFailedError: a folded weight is not finite, or the copy computes something else.
 
@@ -90,34 +138,27 @@ def fold(model: nn.Module, example_input: Tensor | None = None, *, require: bool
         >>> [type(m).__name__ for m in fold(model)]
         ['Conv2d', 'Identity', 'ReLU']
 
-    Reference: Ding et al., RepVGG, CVPR 2021, section 3.3 (the algebra is older).
+    Reference: Ding et al., RepVGG, CVPR 2021, section 3.3; ``hwsearch.reparam.algebra`` for blocks.
     """
-    plan = plan_fold(model, example_input)
-    if require and not plan.pairs:
+    _refuse_training(model)
+    folded, plan = fold_blocks(model, example_input, minimal=minimal, foreign=foreign)
+    if require and not plan.pairs and not plan.blocks:
         reasons = "; ".join(f"{name}: {why}" for name, why in plan.left[:3]) or "the model has no batch norm"
         raise InputError(f"nothing to fold in {type(model).__name__} ({reasons}); pass require=False to accept that")
-    try:
-        folded = copy.deepcopy(model)
-    except Exception as error:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be copied ({error}): see copy.deepcopy") from error
-    for layer_name, norm_name in plan.pairs:
-        _fold_pair(folded, layer_name, norm_name)
+    folded = _copied(model) if folded is model else folded
+    with torch.no_grad():
+        for layer_name, norm_name in plan.pairs:
+            _fold_pair(folded, layer_name, norm_name)
     if example_input is not None:
         _compare(model, folded, example_input)
     return folded
 
 
-def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """The affine map of a batch norm in eval mode: ``(a, c)``, float64, each of shape (channels,)."""
-    mean, variance, gamma, beta = (
-        None if tensor is None else tensor.detach().double()
-        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    )
-    if mean is None or variance is None:
-        raise InternalError("scale_and_shift needs running statistics: plan_fold leaves such batch norms alone")
-    scale = torch.rsqrt(variance + norm.eps)
-    scale = scale if gamma is None else gamma * scale
-    return scale, -mean * scale if beta is None else beta - mean * scale
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be copied ({error}): see copy.deepcopy") from error
 
 
 def merge(layer: nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,11 +197,7 @@ def _fold_pair(model: nn.Module, layer_name: str, norm_name: str) -> None:
     # New tensors, never written in place: a weight tied to another module must not change there.
     layer.weight = nn.Parameter(weight, requires_grad=bool(old.requires_grad))  # type: ignore[union-attr]
     layer.bias = nn.Parameter(bias, requires_grad=learns_bias)
-    identity = nn.Identity().train(norm.training)
-    for parent in model.modules():  # a module may be registered under several names
-        for name, child in parent._modules.items():
-            if child is norm:
-                parent._modules[name] = identity
+    replace_module(model, norm, nn.Identity().train(norm.training))  # it may be registered under several names
 
 
 def _materialise(layer: nn.Module) -> None:
