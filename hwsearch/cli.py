@@ -208,14 +208,32 @@ def profile(
 
 
 @app.command()
-def fit(device: DeviceName, as_json: Json = False) -> None:
+def fit(
+    device: DeviceName,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="A device with a predictor: time few networks on the new one, transfer the rest."),
+    ] = None,
+    networks: Annotated[int, typer.Option(help="With --from: how many networks to time on the new device.")] = 20,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="With --from: a model to draw from.")] = None,
+    input: Input = None,
+    as_json: Json = False,
+) -> None:
     """Fit the latency predictor to a device's table. Example: hwsearch fit --device simulated"""
     from hwsearch.device.spec import Device
     from hwsearch.latency.table import LatencyTable
-    from hwsearch.preparation import fit_table
+    from hwsearch.preparation import fit_table, transfer_to
 
     talk = Console(json=as_json)
     target = Device.load(device)
+    if source:
+        from hwsearch.model_argument import templates_of
+
+        others = [Device.load(name) for name in source]
+        templates = templates_of(model or [], input)
+        facts = transfer_to(target, others, talk, networks=networks, templates=templates)
+        _result(as_json, facts, lambda console: _facts(console, f"Transferred to {target.name}", facts))
+        return
     _, card = fit_table(target, LatencyTable.load(target.table_folder), talk)
     _result(as_json, card.to_dict(), lambda console: console.show(card.to_markdown()))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -229,6 +229,42 @@ def fit_table(device: Device, table: LatencyTable, console: Console) -> tuple[La
     write_atomic(folder / "card.md", card.to_markdown() + "\n")
     write_atomic(folder / FITTED_TO, json.dumps(_fitted_to(device)) + "\n")
     return predictor, card
+
+
+def transfer_to(
+    device: Device,
+    sources: Sequence[Device],
+    console: Console,
+    *,
+    networks: int,
+    templates: tuple[OnnxTemplate, ...] = (),
+) -> dict[str, object]:
+    """A new device's table and predictor from a few networks timed on it and other devices' predictors.
+
+    Raises:
+        InputError: the device has a table already, or a source has no predictor.
+    """
+    from hwsearch.latency.predictor import LatencyPredictor
+    from hwsearch.latency.transfer import transfer_device
+
+    if (device.table_folder / "manifest.json").exists():
+        raise InputError(
+            f"{device.name} has been profiled already: fit it without --from, or move {device.table_folder} away first"
+        )
+    known = [LatencyPredictor.load(source.table_folder / PREDICTOR) for source in sources]
+    console.step(f"Timing {networks} networks on {device.name}")
+    with console.bar("transfer") as bar:
+        predictor, table = transfer_device(device, known, networks=networks, templates=templates, progress=bar)
+    table.save(device.table_folder)
+    predictor.save(device.table_folder / PREDICTOR)
+    held_out = predictor.cross_validation_
+    return {
+        "device": device.name,
+        "sources": [source.name for source in sources],
+        "networks": len(table.networks),
+        "mape": float(abs(held_out.predicted_ms / held_out.measured_ms - 1).mean()),
+        "predictor": str(device.table_folder / PREDICTOR),
+    }
 
 
 def _model(config: RunConfig) -> tuple[nn.Module, Tensor]:

@@ -151,6 +151,19 @@ class TestVerbs:
         assert "verdict: holds" in plain.stdout
         assert "nothing to accept" in plain.stdout
 
+    def test_a_new_device_from_few_networks(self, at_home: Path) -> None:
+        text = (at_home / "devices" / "simulated.toml").read_text()
+        (at_home / "devices" / "board.toml").write_text(text.replace("gmacs = 20.0", "gmacs = 7.0"))
+        found = answer("fit", "--device", "board", "--from", "simulated", "--networks", "6")
+        assert found["networks"] == 6
+        assert 0 < found["mape"] < 0.5
+        asked = ["hwsearch.models.resnet:resnet_small", *SHAPE]
+        slow, fast = (answer("estimate", *asked, "--device", name)["predicted_ms"] for name in ("board", "simulated"))
+        assert 1.3 < slow / fast < 20 / 7 * 1.3
+        assert "has been profiled already" in refused("fit", "--device", "board", "--from", "simulated")
+        (at_home / "devices" / "third.toml").write_text(text)
+        assert "predictor" in refused("fit", "--device", "third", "--from", "this-cpu")
+
     def test_a_runtime_patch_is_refused_until_it_is_revalidated(self, at_home: Path) -> None:
         other = at_home / "patched"
         shutil.copytree(at_home / "devices", other / "devices")

@@ -16,7 +16,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("
 # The documents show what a user types; here the same lines run with less work: a campaign of seconds, on the simulated
 # device. The quickstart has a test of its own, as --quick; tools/test is what runs this file.
 EXEMPT = ("./tools/", "tools/", "git ", ".venv/bin/python -m pytest", "source ")
-CHEAPER = ((r"--minutes [\d.]+", "--minutes 0.2"), (r"\bx86-ort-[12]t\b", "simulated"))
+CHEAPER = ((r"--minutes [\d.]+", "--minutes 0.1"), (r"\bx86-ort-[12]t\b", "simulated"))
 
 
 def commands(path: Path) -> list[str]:
@@ -30,12 +30,17 @@ def commands(path: Path) -> list[str]:
     return lines
 
 
-def with_commands() -> list[Path]:
-    return [path for path in DOCUMENTS if any(not c.startswith(EXEMPT) for c in commands(path))]
+def with_commands() -> list[object]:
+    """The documents that have commands; all but the README's take long together."""
+    found = [path for path in DOCUMENTS if any(not c.startswith(EXEMPT) for c in commands(path))]
+    return [
+        pytest.param(path, id=str(path.relative_to(ROOT)), marks=() if path.parent == ROOT else pytest.mark.long)
+        for path in found
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", with_commands(), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", with_commands())
 def test_every_command_runs(path: Path, home: Path) -> None:
     """In order, in one fresh home, as a reader would; exit status 1 (the answer is no) is a result, 2 is not."""
     (home / "examples").symlink_to(ROOT / "examples")
@@ -54,7 +59,7 @@ def test_every_command_runs(path: Path, home: Path) -> None:
         assert "Traceback" not in done.stderr, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.serial
 def test_the_quickstart_runs(home: Path) -> None:
@@ -79,7 +84,7 @@ def test_the_quickstart_runs(home: Path) -> None:
 def test_the_python_of_the_readme_runs(home: Path) -> None:
     """As written, on a small network, the simulated device and a short campaign."""
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    cheaper = ((r"minutes=[\d.]+", "minutes=0.2"), (r"max_ms=[\d.]+", "max_ms=budget_ms"), CHEAPER[1])
+    cheaper = ((r"minutes=[\d.]+", "minutes=0.1"), (r"max_ms=[\d.]+", "max_ms=budget_ms"), CHEAPER[1])
     for pattern, replacement in cheaper:
         block = re.sub(pattern, replacement, block)
     before = """

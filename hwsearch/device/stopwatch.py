@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
 Clock: TypeAlias = Callable[[], int]  # nanoseconds since some fixed moment
 
+#: What the estimate from disturbed rounds is uncertain by at least.
+COARSE_SPREAD = 0.05
 _LOW = 0.1  # quantile over near rounds: disturbances only ever add time
-_COARSE_SPREAD = 0.05  # what the estimate from disturbed rounds is uncertain by at least
 _NEAR_WAIT_NS = 1_500_000_000  # longest wait for the reference speed at a time ...
 _NEAR_REST_NS = 10_000_000_000  # ... and for how long it is not waited for again after a wait in vain
 _BOOTSTRAP = 300  # resamples of a confidence interval
@@ -384,7 +385,7 @@ class Stopwatch:
             measured_ms=float(np.quantile(ratios, low)) * reference,
             raw_p50_ms=float(p50),
             raw_p90_ms=float(p90),
-            spread=spread if kept is near else max(spread, _COARSE_SPREAD),
+            spread=spread if kept is near else max(spread, COARSE_SPREAD),
             rounds=len(kept),
             discarded=done - len(kept),
             canary_ms=_middle([reading.canary_ms for reading in kept]),

@@ -10,6 +10,7 @@ occurs counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,13 +25,28 @@ from hwsearch.latency.table import NetworkSample
 from hwsearch.latency.training import Rows
 from hwsearch.latency.validation import out_of_fold, random_folds
 
-#: Steps of a campaign between two fits, and networks that are needed for the first.
-ROUND, FEWEST = 6, 64
+#: Networks that are needed for the first fit. The first is due after ``FIRST`` steps of a campaign, each further one
+#: when the steps have grown by half: what is known changes ever more slowly, and a fit costs ever more.
+FEWEST, FIRST, _GROWTH = 64, 4, 1.5
 #: Candidates for a place; the first is the plan's own.
-CANDIDATES = 4
+CANDIDATES = 3
 _QUICK = BoostSettings(rounds=15, learning_rate=0.3)
 _FOLDS = 3
 _PRIOR = 10.0  # a kind's error is held towards that of all kernels by as much as this many kernels would
+
+
+def round_start(step: int) -> int:
+    """The step before which the fit was made that step number ``step`` is chosen by; 0 where there is none yet.
+
+    Example:
+        >>> [round_start(step) for step in (0, 3, 4, 5, 6, 8, 9)]
+        [0, 0, 4, 4, 6, 6, 9]
+    """
+    start = 0
+    following = FIRST
+    while following <= step:
+        start, following = following, math.ceil(following * _GROWTH)
+    return start
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,7 @@ class Need:
     def of(cls, samples: Sequence[NetworkSample], seed: int = 0) -> Need:
         """From what was measured so far: ``FEWEST`` networks or more."""
         rows = Rows.of(samples)
-        checked = out_of_fold(rows, random_folds(len(samples), _FOLDS, seed), _QUICK)
+        checked = out_of_fold(rows, random_folds(len(samples), _FOLDS, seed), _QUICK, kinds={})
         off = np.abs(np.log(checked.kernel_seen_ms / checked.kernel_observed_ms))
         kinds = np.array([_kind(kernel) for kernel in rows.kernels], dtype=object)[rows.kernel]
         typical = float(off.mean())
@@ -66,11 +82,14 @@ class Need:
         mape = float(np.abs(checked.predicted_ms / checked.measured_ms - 1).mean())
         return cls(mape, errors, typical, Profiled.of(rows.kernels), KernelModel.fit(rows, _QUICK))
 
-    def score(self, kernels: Sequence[Kernel]) -> float:
-        """How much is to be learnt of a network: the expected error of its kernels, weighted by their time."""
-        ms = self.model.ms(list(kernels))
+    def scores(self, networks: Sequence[Sequence[Kernel]]) -> np.ndarray:
+        """How much is to be learnt of each network, (M,): the expected error of its kernels, weighted by their time."""
+        kernels = [kernel for network in networks for kernel in network]
+        owner = np.repeat(np.arange(len(networks)), [len(network) for network in networks])
+        ms = self.model.ms(kernels)
         error = np.array([self.errors.get(_kind(kernel), 2 * self.typical) for kernel in kernels])
-        return float((ms * error * (1 + self.profiled.novelty(kernels))).sum() / ms.sum())
+        total = np.bincount(owner, ms * error * (1 + self.profiled.novelty(kernels)), minlength=len(networks))
+        return np.asarray(total / np.maximum(np.bincount(owner, ms, minlength=len(networks)), 1e-12))
 
 
 def _kind(kernel: Kernel) -> str:

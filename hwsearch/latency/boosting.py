@@ -77,6 +77,11 @@ class BoostData:
     overhead_ms: float
 
 
+def row_trust(share: np.ndarray, nodes: np.ndarray, network: np.ndarray) -> np.ndarray:
+    """Weight of each row, (R,): what makes up a larger part of a network matters more, and is measured better."""
+    return np.asarray(np.sqrt(np.clip(share * nodes[network], 0.1, 10)))
+
+
 def boost(data: BoostData, settings: BoostSettings) -> dict[str, Any]:
     """One ``xgboost.Booster`` a family, predicting log(ms / base)."""
     import xgboost
@@ -85,8 +90,7 @@ def boost(data: BoostData, settings: BoostSettings) -> dict[str, Any]:
     models = {family: xgboost.Booster(settings.parameters(), [matrix]) for family, matrix in matrices.items()}
     log_observed, log_measured = np.log(data.observed_ms), np.log(data.measured_ms)
     networks = len(data.measured_ms)
-    # What makes up a larger part of a network matters more, and is measured better.
-    trust = np.sqrt(np.clip(data.share * data.nodes[data.network], 0.1, 10))
+    trust = row_trust(data.share, data.nodes, data.network)
     steadiness = 1 / (_BASE_SPREAD**2 + data.spread**2)
     steadiness *= settings.network_weight * len(data.network) / networks / steadiness.mean()
     ms = np.exp(data.log_base)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hwsearch.errors import InputError
+from hwsearch.latency.corrections import TREES
 from hwsearch.latency.predictor import LatencyPredictor, fit_intervals
 from hwsearch.latency.rivals import rival_predictions
 from hwsearch.latency.table import LatencyTable
@@ -67,6 +68,7 @@ class ErrorCard:
         rivals: simpler predictors on the same folds, by name; see ``rivals.py``.
         by_source: of ``unseen``, by the family that a network came from.
         by_family: kernels of held-out networks, by kernel family: how well their profiled shares are told.
+        kinds: by kernel family, what cross-validation chose to correct its analytic base: trees, ridge, table or base.
         interval: median half-width of the 90 % interval, relative.
         points: of ``unseen``: (measured_ms, predicted_ms, source) of each network.
     """
@@ -81,6 +83,7 @@ class ErrorCard:
     rivals: Mapping[str, ErrorRow]
     by_source: Mapping[str, ErrorRow]
     by_family: Mapping[str, ErrorRow]
+    kinds: Mapping[str, str]
     interval: float
     points: tuple[tuple[float, float, str], ...]
 
@@ -102,15 +105,14 @@ class ErrorCard:
         settings = predictor._settings()
         checked: OutOfFold | None = getattr(predictor, "cross_validation_", None)
         if checked is None:
-            checked = out_of_fold(
-                rows, random_folds(len(rows.nodes), predictor.folds, predictor.seed), settings, progress
-            )
+            fold = random_folds(len(rows.nodes), predictor.folds, predictor.seed)
+            checked = out_of_fold(rows, fold, settings, progress)
         if len(checked.fold) != len(rows.nodes) or not np.array_equal(checked.measured_ms, rows.measured_ms):
             raise InputError("the table is not the one that this predictor was fitted on; fit it again")
         families = source_folds(rows)
         other: OutOfFold | None = getattr(predictor, "family_validation_", None)
         if other is None and families.any():
-            other = out_of_fold(rows, families, settings, progress, "families held out")
+            other = out_of_fold(rows, families, settings, progress, "families held out", checked.kinds)
         inside, width = _judge(checked, checked, other)
         left_out = None
         if other is not None:
@@ -136,6 +138,7 @@ class ErrorCard:
                 for family in sorted(set(kernel_family))
                 if (own := kernel_family == family).any()
             },
+            kinds=dict(predictor.kinds_),
             interval=width,
             points=tuple(
                 (float(f"{measured:.6g}"), float(f"{predicted:.6g}"), str(source))
@@ -173,6 +176,8 @@ class ErrorCard:
             "|---|---|---|---|---|---|---|",
         ]
         lines += [_line(family, row, interval=False) for family, row in self.by_family.items()]
+        other = [f"{family} ({kind})" for family, kind in sorted(self.kinds.items()) if kind != TREES]
+        lines += ["", f"Corrected by other means than trees, which erred more held out: {', '.join(other) or 'none'}."]
         return "\n".join(lines) + "\n"
 
 

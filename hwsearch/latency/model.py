@@ -1,4 +1,7 @@
-"""``KernelModel``: milliseconds of kernels; the analytic base of ``base.py`` times the trees of ``boosting.py``."""
+"""``KernelModel``: milliseconds of kernels; the analytic base of ``base.py`` times the trees of ``boosting.py``.
+
+Where cross-validation says so, a family has one of ``corrections.py`` instead of its trees.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import numpy as np
 from hwsearch.errors import SchemaError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.latency.base import Base, fit_base
-from hwsearch.latency.boosting import BoostData, BoostSettings, boost
+from hwsearch.latency.boosting import BoostData, BoostSettings, boost, row_trust
+from hwsearch.latency.corrections import BASE, KINDS, TREES, Correction
 from hwsearch.latency.features import FEATURES, TERMS, Vocabulary, cost_terms, describe, layouts
 from hwsearch.latency.training import Rows
 
@@ -30,7 +34,8 @@ class KernelModel:
     Attributes:
         vocabulary: texts that were profiled.
         base: the analytic part.
-        boosters: XGBoost models by family; a family without one is priced by its base.
+        boosters: XGBoost models by family.
+        corrections: what other families have instead; one with neither is priced by its base.
         profiler_ms: what the runtime's profiler was found to add to every node.
         seen: (family, operation, layouts) that were profiled.
         ranges: by family, the (smallest, largest) profiled value of each of MACs, bytes, channels and positions.
@@ -39,25 +44,37 @@ class KernelModel:
     vocabulary: Vocabulary
     base: Base
     boosters: Mapping[str, Any]
+    corrections: Mapping[str, Correction]
     profiler_ms: float
     seen: frozenset[tuple[str, str, str]]
     ranges: Mapping[str, tuple[tuple[float, float], ...]]
 
     @classmethod
-    def fit(cls, rows: Rows, settings: BoostSettings) -> KernelModel:
-        """The model of a table's rows; equal rows and settings give an equal model."""
+    def fit(cls, rows: Rows, settings: BoostSettings, kinds: Mapping[str, str] | None = None) -> KernelModel:
+        """The model of a table's rows; equal arguments give an equal model.
+
+        Args:
+            rows: the table.
+            settings: of the trees.
+            kinds: by family, what corrects its base (``corrections.KINDS``); trees where it is not named.
+        """
         profiler_ms = rows.profiler_ms()
         base = fit_base(rows, profiler_ms)
-        log_base = np.log(base.ms(rows.kernels, rows.terms))
-        features = rows.features.copy()
-        features[:, FEATURES.index("log_base")] = log_base
+        log_base, features = _described(rows, base)
         families = np.array([kernel.family for kernel in rows.kernels], dtype=object)[rows.kernel]
         members = {family: np.flatnonzero(families == family) for family in sorted(set(families))}
+        chosen = {family: (kinds or {}).get(family, TREES) for family in members}
+        corrections, corrected = {}, log_base[rows.kernel]
+        for family, own in members.items():
+            if chosen[family] not in (TREES, BASE):
+                corrections[family] = _correction(chosen[family], rows, base, profiler_ms, own)
+                kernels = [rows.kernels[index] for index in rows.kernel[own]]
+                corrected[own] += corrections[family].log_factor(kernels, features[rows.kernel[own]])
         data = BoostData(
-            members={family: own for family, own in members.items() if len(own) >= FEW},
+            members={f: own for f, own in members.items() if len(own) >= FEW and chosen[f] == TREES},
             features=features[rows.kernel],
-            log_base=log_base[rows.kernel],
-            context_ms=(base.context_ms(rows.network_mb)[rows.network] * rows.weight_mb[rows.kernel]),
+            log_base=corrected,
+            context_ms=_context_ms(rows, base),
             observed_ms=rows.observed_ms(profiler_ms, base.overhead_ms),
             network=rows.network,
             measured_ms=rows.measured_ms,
@@ -73,6 +90,7 @@ class KernelModel:
             vocabulary=rows.vocabulary,
             base=base,
             boosters=boost(data, settings) if settings.rounds else {},
+            corrections=corrections,
             profiler_ms=profiler_ms,
             seen=frozenset((k.family, k.op, layouts(k)) for k in used),
             ranges={
@@ -80,6 +98,26 @@ class KernelModel:
                 for family, s in sizes.items()
             },
         )
+
+    def alternatives(self, rows: Rows, held: Rows) -> dict[str, np.ndarray]:
+        """Milliseconds of other networks' rows, (H,), by every kind of correction.
+
+        Args:
+            rows: what this model was fitted on.
+            held: rows of the same distinct kernels; a family that ``rows`` lacks has its base in all of them.
+        """
+        log_base, features = _described(held, self.base)
+        families = np.array([kernel.family for kernel in held.kernels], dtype=object)
+        seen, asked = families[rows.kernel], families[held.kernel]
+        result = {TREES: self.row_ms(held)[held.kernel]}
+        for kind in KINDS[1:]:
+            log_ms = log_base[held.kernel].copy()
+            for family in sorted(set(asked) & set(seen)):
+                correction = _correction(kind, rows, self.base, self.profiler_ms, np.flatnonzero(seen == family))
+                mine = held.kernel[asked == family]
+                log_ms[asked == family] += correction.log_factor([held.kernels[i] for i in mine], features[mine])
+            result[kind] = np.exp(log_ms)
+        return result
 
     @property
     def overhead_ms(self) -> float:
@@ -99,9 +137,7 @@ class KernelModel:
 
     def row_ms(self, rows: Rows) -> np.ndarray:
         """Milliseconds of each distinct kernel of some rows, (U,), from the features that the rows already hold."""
-        log_base = np.log(self.base.ms(rows.kernels, rows.terms))
-        features = rows.features.copy()
-        features[:, FEATURES.index("log_base")] = log_base
+        log_base, features = _described(rows, self.base)
         return self._finish(rows.kernels, log_base, features)
 
     def _finish(self, kernels: Sequence[Kernel], log_base: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -114,6 +150,9 @@ class KernelModel:
             if len(own):
                 matrix = xgboost.DMatrix(features[own], nthread=1)
                 result[own] += booster.predict(matrix, output_margin=True)
+        for family, correction in self.corrections.items():
+            own = np.flatnonzero(families == family)
+            result[own] += correction.log_factor([kernels[int(index)] for index in own], features[own])
         return np.asarray(np.exp(result))
 
     def doubt(self, kernel: Kernel) -> str | None:
@@ -138,6 +177,7 @@ class KernelModel:
             "terms": list(TERMS),
             "vocabulary": vocabulary | {"block": self.vocabulary.block},
             "base": self.base.to_dict(),
+            "corrections": {family: correction.to_dict() for family, correction in self.corrections.items()},
             "profiler_ms": self.profiler_ms,
             "seen": sorted(list(item) for item in self.seen),
             "ranges": {family: [list(pair) for pair in pairs] for family, pairs in self.ranges.items()},
@@ -175,6 +215,7 @@ class KernelModel:
                 ),
                 base=Base.from_dict(document["base"]),
                 boosters=boosters,
+                corrections={str(f): Correction.from_dict(item) for f, item in document["corrections"].items()},
                 profiler_ms=float(document["profiler_ms"]),
                 seen=frozenset((str(f), str(o), str(lay)) for f, o, lay in document["seen"]),
                 ranges={
@@ -185,6 +226,29 @@ class KernelModel:
         except (KeyError, TypeError, ValueError, AttributeError, xgboost.core.XGBoostError) as error:
             reason = str(error).split("\n", 1)[0]
             raise SchemaError(f"it is damaged ({type(error).__name__}: {reason}); fit again") from None
+
+
+def _described(rows: Rows, base: Base) -> tuple[np.ndarray, np.ndarray]:
+    """(log of the base's ms, features with it filled in) of the distinct kernels, (U,) and (U, F)."""
+    log_base = np.log(base.ms(rows.kernels, rows.terms))
+    features = rows.features.copy()
+    features[:, FEATURES.index("log_base")] = log_base
+    return log_base, features
+
+
+def _context_ms(rows: Rows, base: Base) -> np.ndarray:
+    """What each row's weights cost beyond the kernel's own price, (R,)."""
+    return np.asarray(base.context_ms(rows.network_mb)[rows.network] * rows.weight_mb[rows.kernel])
+
+
+def _correction(kind: str, rows: Rows, base: Base, profiler_ms: float, own: np.ndarray) -> Correction:
+    """One kind, fitted to the rows ``own`` (indices) of a family."""
+    log_base, features = _described(rows, base)
+    mine = rows.kernel[own]
+    rest = rows.observed_ms(profiler_ms, base.overhead_ms) - profiler_ms - _context_ms(rows, base)
+    target = np.log(np.maximum(rest[own], 0.2 * np.exp(log_base[mine]))) - log_base[mine]
+    weight = row_trust(rows.share, rows.nodes, rows.network)[own]
+    return Correction.fit(kind, [rows.kernels[index] for index in mine], features[mine], target, weight)
 
 
 def _sizes(kernel: Kernel) -> tuple[float, ...]:

@@ -43,11 +43,16 @@ from hwsearch.latency.validation import (
 )
 
 SCHEMA = "hwsearch.predictor"
-VERSION = 2
+VERSION = 3
 _REMEDY = "run `hwsearch fit` to make one"
 
 #: A predictor holds for one setting of each of these; the rest of a fingerprint may differ.
 BINDING = ("cpu", "isa", "runtime", "runtime_version", "threads", "precision")
+
+#: So many steady networks are enough to do without the others.
+_STEADY = 20
+#: Octaves: networks further than this on the mean from what was profiled are made of other kernels.
+_KNOWN = 1.0
 
 #: A kernel that was never profiled may take this many times its price, or a part of it as small.
 _GUESS = 2.0
@@ -97,6 +102,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         model_: the kernel model fitted on the whole table.
+        kinds_: what corrects each family's base: trees, ridge regression, a table or nothing, by cross-validation.
         calibration_: a, b, c and d.
         log_errors_: log(measured / predicted) of every network while its fold was held out, sorted.
         cross_validation_, family_validation_: those predictions in full, and those with whole source families held
@@ -162,10 +168,13 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         fold = random_folds(len(table.networks), self.folds, self.seed)
         checked = out_of_fold(rows, fold, settings, progress)
         families = source_folds(rows)
-        left_out = out_of_fold(rows, families, settings, progress, "families held out") if families.any() else None
+        left_out = None
+        if families.any():
+            left_out = out_of_fold(rows, families, settings, progress, "families held out", checked.kinds)
         if progress is not None:
             progress(1, 1, "fitting on the whole table")
-        self.model_ = KernelModel.fit(rows, settings)
+        self.kinds_ = dict(checked.kinds)
+        self.model_ = KernelModel.fit(rows, settings, self.kinds_)
         overhead = self.model_.overhead_ms
         self.calibration_ = Calibration.fit(checked.total_ms, rows.nodes, rows.measured_ms, overhead)
         self.log_errors_ = np.round(np.sort(checked.log_error), 6)  # as saved: a loaded predictor answers alike
@@ -302,6 +311,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             "networks": self.networks_,
             "kernels": self.kernels_,
             "parameters": self.get_params(),
+            "kinds": self.kinds_,
             "calibration": asdict(self.calibration_),
             "log_errors": self.log_errors_.tolist(),
             "p90": list(self.p90_),
@@ -340,6 +350,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             _refuse_other(path, made_for, fingerprint)
             predictor = cls(**manifest["parameters"])
             predictor.model_ = KernelModel.from_files(manifest["model"], _files(folder, manifest["model"]["files"]))
+            predictor.kinds_ = {str(family): str(kind) for family, kind in manifest["kinds"].items()}
             predictor.calibration_ = Calibration(**{k: float(v) for k, v in manifest["calibration"].items()})
             predictor.log_errors_ = np.sort(np.array(manifest["log_errors"], dtype=np.float64))
             fitted = manifest["intervals"]
@@ -401,10 +412,16 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
 
 
 def fit_intervals(checked: OutOfFold, left_out: OutOfFold | None, own: np.ndarray | None = None) -> Intervals:
-    """Intervals from both kinds of held-out errors, of some networks (a mask (M,)) or of all."""
-    sets = [checked] if left_out is None else [checked, left_out]
+    """Intervals from both kinds of held-out errors, of some networks (a mask (M,)) or of all.
+
+    Two kinds of errors say nothing of the predictor: those of networks that were timed on a disturbed machine, and
+    those of networks mostly made of kernels whose kind went with the family held out, which coverage widens for.
+    """
     mask = np.ones(len(checked.fold), dtype=bool) if own is None else own
-    errors, novelty = (np.concatenate([getattr(s, name)[mask] for s in sets]) for name in ("log_error", "novelty"))
+    steady = mask & checked.steady
+    mask = steady if steady.sum() >= _STEADY else mask
+    sets = [(checked, mask)] if left_out is None else [(checked, mask), (left_out, mask & (left_out.novelty < _KNOWN))]
+    errors, novelty = (np.concatenate([getattr(s, name)[m] for s, m in sets]) for name in ("log_error", "novelty"))
     return Intervals.fit(errors, novelty)
 
 

@@ -28,7 +28,7 @@ from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.device.stopwatch import PROFILE, StopwatchSettings, Timing
 from hwsearch.errors import DeviceJobError, HwsearchError, InputError, NoisyDeviceError
-from hwsearch.latency.active import CANDIDATES, FEWEST, ROUND, Need
+from hwsearch.latency.active import CANDIDATES, FEWEST, Need, round_start
 from hwsearch.latency.journal import Journal, Slot
 from hwsearch.latency.sample import NetworkTemplate, PlannedNetwork, SamplingPlan
 from hwsearch.latency.table import LatencyTable
@@ -198,10 +198,10 @@ def _work(campaign: _Campaign) -> None:
     while step <= campaign.last_step() and spent < campaign.budget_s:
         slots = campaign.slots(step)
         missing = [slot for slot in slots if slot not in done]
-        round_start = step - step % ROUND
+        start = round_start(step)
         # Needed to choose this step's networks, and to know whether enough were timed.
-        if fitted_at != round_start and (missing or campaign.target is not None):
-            need, fitted_at = _need(campaign, round_start), round_start
+        if fitted_at != start and (missing or campaign.target is not None):
+            need, fitted_at = _need(campaign, start), start
             if need is not None and campaign.target is not None and need.mape <= campaign.target:
                 break
         if missing:
@@ -232,15 +232,14 @@ def _choose(campaign: _Campaign, step: int, need: Need | None) -> None:
     open_places = [place for place in block if place // 2 % 2]
     tries = [(place, number) for place in open_places for number in range(CANDIDATES)]
     networks = [campaign.plan.network(place, number) for place, number in tries]
-    scores: dict[int, float] = {}
+    best: dict[int, float] = {}
     try:
         lowered = campaign.session.lower([n.onnx for n in networks], [n.id for n in networks])
     except DeviceJobError:
         lowered = []  # one that the runtime rejects spoils the batch; timing it will say which
-    for (place, number), kernels in zip(tries, lowered, strict=False):
-        score = need.score(kernels)
-        if score > scores.get(place, -math.inf):
-            scores[place], chosen[place] = score, number
+    for (place, number), score in zip(tries, need.scores(lowered), strict=False):
+        if score > best.get(place, -math.inf):
+            best[place], chosen[place] = score, number
     campaign.journal.choose(campaign.plan.key, chosen)
 
 

@@ -80,6 +80,7 @@ def transfer(
     if progress is not None:
         progress(predictor.folds, predictor.folds + 1, "fitting on all timed and priced networks")
     predictor.model_ = pricing.model(np.ones(len(table.networks), dtype=bool), settings)
+    predictor.kinds_ = {}  # trees throughout: so few networks cannot choose
     rows = pricing.rows
     every = np.ones(len(table.networks), dtype=bool)
     predictor.calibration_ = _calibration(rows, checked.total_ms, every, predictor.model_.overhead_ms)

@@ -6,12 +6,14 @@ held out (what to expect of anything else). Kernels of one network never stand o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from hwsearch.latency.boosting import BoostSettings
+from hwsearch.device.stopwatch import COARSE_SPREAD
+from hwsearch.latency.boosting import BoostSettings, row_trust
+from hwsearch.latency.corrections import KINDS, TREES, choose
 from hwsearch.latency.interval import Profiled
 from hwsearch.latency.model import KernelModel
 from hwsearch.latency.training import Rows
@@ -85,6 +87,8 @@ class OutOfFold:
         kernel_seen_ms: what the profiler would have shown of it, (R,), to be compared with ...
         kernel_observed_ms: what it showed, (R,).
         novelty: of each network against the kernels of the other folds, (M,), see ``interval.py``.
+        steady: whether each network was timed at the device's reference speed, (M,).
+        kinds: what corrects each family's base, as ``corrections.choose`` found on these very rows.
     """
 
     fold: np.ndarray
@@ -96,6 +100,8 @@ class OutOfFold:
     kernel_seen_ms: np.ndarray
     kernel_observed_ms: np.ndarray
     novelty: np.ndarray
+    steady: np.ndarray
+    kinds: Mapping[str, str]
 
     @property
     def log_error(self) -> np.ndarray:
@@ -119,6 +125,7 @@ def out_of_fold(
     settings: BoostSettings,
     progress: Progress | None = None,
     title: str = "cross-validation",
+    kinds: Mapping[str, str] | None = None,
 ) -> OutOfFold:
     """Fit once a fold, on all others, and predict it.
 
@@ -128,31 +135,54 @@ def out_of_fold(
         settings: of the trees.
         progress: told (folds done, folds, message).
         title: begins the message.
+        kinds: what corrects each family's base; None compares all kinds and takes the best for each family.
     """
     networks, count = len(fold), int(fold.max()) + 1
-    total, overhead, novelty = np.zeros(networks), np.zeros(networks), np.zeros(networks)
-    kernel = np.zeros(len(rows.kernel))
-    seen, observed = np.zeros(len(rows.kernel)), np.zeros(len(rows.kernel))
+    overhead, novelty = np.zeros(networks), np.zeros(networks)
+    kernel, profiler, observed, further = (np.zeros(len(rows.kernel)) for _ in range(4))
+    by_kind = {kind: np.zeros(len(rows.kernel)) for kind in KINDS}
     for number in range(count):
         if progress is not None:
             progress(number, count, f"{title}: fold {number + 1} of {count}")
         held = fold == number if count > 1 else np.ones(networks, dtype=bool)
-        model = KernelModel.fit(rows.only(~held) if count > 1 else rows, settings)
+        rest = rows.only(~held) if count > 1 else rows
+        model = KernelModel.fit(rest, settings, kinds)
         own = held[rows.network]
-        further = model.context_ms(rows.network_mb)[rows.network] * rows.weight_mb[rows.kernel]
-        kernel[own] = (model.row_ms(rows)[rows.kernel] + further)[own]
-        seen[own] = kernel[own] + model.profiler_ms
+        further[own] = (model.context_ms(rows.network_mb)[rows.network] * rows.weight_mb[rows.kernel])[own]
+        if kinds is None:
+            for kind, ms in model.alternatives(rest, rows.only(held)).items():
+                by_kind[kind][own] = ms
+            kernel[own] = by_kind[TREES][own]
+        else:
+            kernel[own] = model.row_ms(rows)[rows.kernel][own]
+        profiler[own] = model.profiler_ms
         observed[own] = rows.observed_ms(model.profiler_ms, model.overhead_ms)[own]
-        total[held] = np.bincount(rows.network[own], kernel[own], minlength=networks)[held]
         overhead[held] = model.overhead_ms
-        novelty[held] = _novelty(rows, ~held if count > 1 else held, kernel)[held]
+        novelty[held] = _novelty(rows, ~held if count > 1 else held, kernel + further)[held]
+    chosen = dict(kinds or {})
+    if kinds is None:
+        trust = row_trust(rows.share, rows.nodes, rows.network)
+        families = np.array([k.family for k in rows.kernels], dtype=object)[rows.kernel]
+        for family in sorted(set(families)):
+            mine = families == family
+            errors = {
+                kind: np.abs(np.log((ms + further + profiler)[mine] / observed[mine])) for kind, ms in by_kind.items()
+            }
+            chosen[family] = choose(errors, trust[mine])
+            kernel[mine] = by_kind[chosen[family]][mine]
+    kernel += further
+    seen = kernel + profiler
+    total = np.bincount(rows.network, kernel, minlength=networks)
     predicted = np.zeros(networks)
     for number in range(count):
         held = fold == number
         rest = ~held if count > 1 else held
         calibration = Calibration.fit(total[rest], rows.nodes[rest], rows.measured_ms[rest], float(np.median(overhead)))
         predicted[held] = calibration.apply(total[held], rows.nodes[held])
-    return OutOfFold(fold, predicted, total, overhead, rows.measured_ms, kernel, seen, observed, novelty)
+    steady = rows.spread < COARSE_SPREAD
+    return OutOfFold(
+        fold, predicted, total, overhead, rows.measured_ms, kernel, seen, observed, novelty, steady, chosen
+    )  # fmt: skip
 
 
 def _novelty(rows: Rows, training: np.ndarray, kernel_ms: np.ndarray) -> np.ndarray:
