@@ -39,6 +39,7 @@ from hwsearch.search.stairs import stair_edges
 from hwsearch.search.transfer import carry_over
 from hwsearch.search.trials import Trial, TrialLog, train_trial
 from hwsearch.search.winner import finish, reset, train_choice
+from hwsearch.train import checkpoint, processes
 from hwsearch.train.loop import Progress, TrainConfig
 from hwsearch.train.seeds import generator
 
@@ -102,6 +103,7 @@ class ConetV2(Searcher):
         if ours if self.config.stairs is None else self.config.stairs:
             stairs = stair_edges(space, self.budget)
             space = stairs.space
+            self.budget.check_reachable(space)
             run.event("stairs", summary=stairs.summary())
         rule = (Annealed if ours else Published)(space, self.config, self.seed)
         trials, last = self._trials(run, space, rule, task, progress)
@@ -139,7 +141,9 @@ class ConetV2(Searcher):
         config = self.config
         log = TrialLog.open(run.state, self.identity())
         # The last trial of a killed run goes on from its checkpoint; should that be missing, from the one before.
-        first = max(len(log.started) - 2, 0)
+        last = max(len(log.started) - 1, 0)
+        kept = (run.state / f"trial-{last}" / checkpoint.NAME).exists()
+        first = processes.from_first(last if kept else max(last - 1, 0))
         linear = any(all(not _is_convolution(space, name) for name, _ in sides) for sides in rule.sides)
         network: nn.Module | None = None
         for number in range(first, config.trials):
