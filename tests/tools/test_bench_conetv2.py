@@ -62,7 +62,8 @@ def test_the_tables_say_what_the_rows_say(tool: ModuleType, monkeypatch: pytest.
     monkeypatch.setattr(tool, "RESAMPLES", 100)
     claim = [
         {"network": "resnet", "part": "equal", "accuracy": str(0.8 + 0.01 * n), "macs": "1e6",
-         "parameters": str(100 - n), "quality": str(n), "published_quality": str(-n), "rank": str(n % 2), "gain": str(n), "stable_rank": str(n)}
+         "parameters": str(100 - n), "quality": str(n), "published_quality": str(-n), "rank": str(n % 2),
+         "gain": str(n), "stable_rank": str(n)}
         for n in range(8)
     ]  # fmt: skip
     line = tool.claim_table(claim)[-1]
