@@ -120,12 +120,14 @@ class ProfileSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """``[model]``: the network at full width, the shape of one inference, and the factory's arguments."""
+    """``[model]``: the network at full width, the shape of one inference, the factory's arguments, and trained weights
+    of the user's own (safetensors): where the super-network begins, and the winner with ``search.start = "model"``."""
 
     __pydantic_config__ = _STRICT
     factory: Factory
     input: Shape
     kwargs: dict[str, Any] = field(default_factory=dict)
+    weights: Text | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -145,6 +147,7 @@ class DataSettings:
     label_smoothing: Below1 | None = None
     shift: Whole | None = None
     flip: Switch | None = None
+    size: Count | None = None
 
     def load(self, seed: int) -> tuple[Task, Examples]:
         """The task, and the test set that no search may look at.
@@ -154,7 +157,7 @@ class DataSettings:
         """
         from hwsearch.train.task import load_task
 
-        given = _given(self, "valid", "label_smoothing", "shift", "flip")
+        given = _given(self, "valid", "label_smoothing", "shift", "flip", "size")
         return load_task(self.folder or self.kind, limit_to=self.limit, seed=seed, **given)
 
 
@@ -164,7 +167,8 @@ class SearchSettings:
 
     Exactly one of ``budget`` (a share of the full network's measured time) and ``budget_ms`` is given. ``quantum`` is
     the step of widths in channels, ``minimum`` the narrowest width (channels, or a share of the full width).
-    ``candidates`` caps the choices that are scored.
+    ``candidates`` caps the choices that are scored. With ``floor`` the objective is the other one: the fewest
+    milliseconds, at most the budget, of a network that keeps this metric on held-out examples.
     """
 
     __pydantic_config__ = _STRICT
@@ -195,6 +199,7 @@ class SearchSettings:
     score_patterns: Count | None = None
     measured: Count | None = None
     rounds: Count | None = None
+    floor: Annotated[float, Field(strict=True, allow_inf_nan=False, description="a number, such as 0.9")] | None = None
     start: Literal["scratch", "model", "supernet", "all"] | None = None
 
     def __post_init__(self) -> None:
@@ -374,6 +379,7 @@ class RunConfig:
             "finalist_share",
             "measured",
             "rounds",
+            "floor",
             "start",
         )
         return CafeNetConfig(

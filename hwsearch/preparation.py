@@ -277,7 +277,12 @@ def _model(config: RunConfig) -> tuple[nn.Module, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(config.run.seed, "model"))
         argument = load_model_argument(config.model.factory, config.model.input_shape, config.model.kwargs)
-    return argument.need_module(), argument.example_input
+    module = argument.need_module()
+    if config.model.weights is not None:
+        from hwsearch.train.weights import load_weights
+
+        load_weights(module, config.model.weights)
+    return module, argument.example_input
 
 
 def _full_ms(

@@ -50,6 +50,13 @@ candidates = 33
 score_images = 200
 score_patterns = 2
 start = "supernet"
+bins = "macs"
+largest_bin = 16
+sharing = "bilateral"
+refinements = 1
+finalists = 2
+finalist_share = 0.25
+floor = 0.9
 [supernet]
 steps = 50
 batch_size = 64
@@ -87,6 +94,8 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
     assert config.search.minimum == 0.25
     search = config.cafenet()
     assert (search.offset, search.patterns, search.start) == (2, 3, "supernet")
+    assert (search.bins, search.largest_bin, search.sharing, search.refinements) == ("macs", 16, "bilateral", 1)
+    assert (search.finalists, search.finalist_share, search.floor) == (2, 0.25, 0.9)
     assert (search.evolution.population, search.evolution.generations, search.evolution.evaluations) == (10, 4, 33)
     assert (search.scoring.images, search.scoring.patterns) == (200, 2)
     assert (search.training.steps, search.training.batch_size, search.training.learning_rate) == (50, 64, 0.05)
@@ -141,7 +150,9 @@ def test_a_config_is_plain_values_and_back() -> None:
         ("search.minimum", 1.5, "search.minimum is 1.5: give whole channels"),
         ("search.method", "random", "search.method is 'random': give one of 'cafenet'"),
         ("search.quantile", 1.0, "search.quantile is 1.0: give a number from 0.5"),
-        ("search.start", "none", "search.start is 'none': give one of 'scratch', 'model', 'supernet'"),
+        ("search.bins", "flops", "search.bins is 'flops': give one of 'ms', 'macs', 'none'"),
+        ("search.floor", "high", "search.floor is 'high': give a number, such as 0.9"),
+        ("search.start", "none", "search.start is 'none': give one of 'scratch', 'model', 'supernet', 'all'"),
         ("model", KeyError, "the section [model] is missing: add it"),
         ("model", 3, "model is 3: give a section [model]"),
         ("model.factory", KeyError, "model.factory is missing: give package.module:factory"),

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Measures the search: does the super-network rank widths rightly, and is what it finds better than what is simpler?
 
+    python tools/bench_search.py plan    --device x86-ort-1t
     python tools/bench_search.py ranking --device x86-ort-1t --output build/ranking.csv --seconds 600
     python tools/bench_search.py search  --device x86-ort-1t --output build/search.csv --seconds 600
     python tools/bench_search.py measure --device x86-ort-1t --output build/search.csv
-    python tools/bench_search.py step    --output build/step.csv
+    python tools/bench_search.py step
     python tools/bench_search.py report  --output build/ranking.csv build/search.csv
 
 Every finished training or search is a line of the output file, so a run that was stopped (``--seconds`` stops it in
@@ -29,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from torch.nn import functional
 
 from hwsearch.device.spec import Device
 from hwsearch.errors import HwsearchError, InputError
+from hwsearch.graph.surgery import shrink
 from hwsearch.graph.widths import WidthChoice, WidthSpace
 from hwsearch.latency.network import NetworkLatency
 from hwsearch.latency.predictor import LatencyPredictor
@@ -53,10 +55,12 @@ from hwsearch.search.result import SearchResult
 from hwsearch.search.scoring import Scorer, ScoringConfig
 from hwsearch.search.stairs import stair_edges
 from hwsearch.search.supernet import SuperNet
+from hwsearch.search.supernet_training import min_min_step
 from hwsearch.search.winner import finish, train_choice
-from hwsearch.train.data import Examples, TensorExamples, limit, split
+from hwsearch.train.data import Batch, Examples, Shuffle, TensorExamples, limit, split
 from hwsearch.train.fashion_mnist import MEAN, STD, load_fashion_mnist
-from hwsearch.train.loop import TrainConfig, evaluate, train
+from hwsearch.train.loop import TrainConfig, evaluate, settings, train, training_batch
+from hwsearch.train.seeds import generator
 from hwsearch.train.task import Classification
 
 HEADER = ("part", "setting", "method", "share", "seed", "widths", "accuracy", "nll", "predicted_ms", "gmacs", "note")
@@ -87,6 +91,7 @@ class Setting:
 
 SETTINGS = {
     "resnet-14": Setting(resnet_small, 14, 2, 0.125, 2000, 1000, 16, 1000, shares=(0.4, 0.28, 0.6)),
+    "resnet-14-all": Setting(resnet_small, 14, 2, 0.125, 55000, 5000, 2, 500, 128, shares=(0.5, 0.4)),
     "resnet-28": Setting(resnet_small, 28, 2, 0.125, 2000, 1000, 30, 1500),
     "resnet-28-all": Setting(resnet_small, 28, 2, 0.125, 55000, 5000, 2, 1000, 128),
     "vgg-14": Setting(lambda: vgg_small(width=0.5), 14, 2, 0.125, 2000, 1000, 30, 1500, shares=(0.4,)),
@@ -146,6 +151,7 @@ def ready(name: str, device_name: str) -> Ready:
     return loaded(name, SETTINGS[name], device_name)
 
 
+@cache
 def loaded(name: str, setting: Setting, device_name: str) -> Ready:
     """The same of a setting itself."""
     torch.manual_seed(0)
@@ -255,15 +261,16 @@ def ranking(ready: Ready, rows: Rows) -> None:
                 key = ("ranking", ready.name, "alone", share, seed, text(widths))
                 if not rows.has(*key):
                     alone(ready, rows, key, WidthChoice(tuple(widths)), seed)
-        for method in SUPERNETS:
-            score(ready, rows, method, seed, layers)
-    for seed in range(TRUTH_SEEDS):
+        first, *others = SUPERNETS
+        score(ready, rows, first, seed, layers)
         for method, (part, scratch) in SHORT.items():
             for share, choices in layers:
                 for widths in choices.tolist():
                     key = ("ranking", ready.name, method, share, seed, text(widths))
                     if not rows.has(*key):
                         shortly(ready, rows, key, WidthChoice(tuple(widths)), seed, part, scratch)
+        for method in others:
+            score(ready, rows, method, seed, layers)
 
 
 def shortly(
@@ -353,7 +360,8 @@ class Seed:
         """The search as it is by default, at the settings' sizes."""
         base = self.ready.supernet(self.seed)
         evolution = EvolutionSettings(population=20, generations=50, evaluations=CANDIDATES)
-        return replace(base, evolution=evolution, winner=self.ready.training(self.seed), **changes)  # type: ignore[arg-type]
+        winner = self.ready.training(self.seed)
+        return replace(base, evolution=evolution, winner=winner, **changes)  # type: ignore[arg-type]
 
     def pretrained(self) -> tuple[nn.Module, float]:
         """The full network, trained once, and what that cost."""
@@ -380,15 +388,15 @@ def training_cost(ready: Ready, training: TrainConfig, examples: int, macs: int)
     return 3e-9 * training.total_steps(examples) * training.batch_size * macs
 
 
-def search(ready: Ready, rows: Rows, seeds: int) -> None:
+def search(ready: Ready, rows: Rows, seeds: int, methods: Sequence[str], shares: Sequence[float]) -> None:
     """Every method at every share, seed by seed, so that means over seeds are paired."""
     for seed in range(seeds):
         shared = Seed(ready, seed, rows.path.parent / "search")
-        for share in ready.setting.shares:
-            for method, run in METHODS.items():
+        for share in shares or ready.setting.shares:
+            for method in methods or METHODS:
                 if not rows.has_any("search", ready.name, method, share, seed):
                     rows.check()
-                    run(shared, rows, method, share)
+                    METHODS[method](shared, rows, method, share)
         for ratio in UNIFORM:
             choice = ready.space.uniform(ratio)
             key = ("search", ready.name, "uniform", ratio, seed, text(choice.widths))
@@ -423,8 +431,9 @@ def by_macs(shared: Seed, rows: Rows, method: str, share: float, multiple: int) 
         space = space.restrict({
             g.name: [w for w in g.widths if w % multiple == 0] or [g.units] for g in space.groups
         })  # fmt: skip
-        net = copy.copy(net)
+        net = copy.deepcopy(net)
         net.space = space
+        net.get_buffer("recorded").zero_()  # its columns are those of the wider space
     found = CafeNet(
         space, Budget([limit_]), config, model=ready.model, seed=seed, supernet=net,
         folder=shared.path(f"{method.replace(' ', '-')}-{share}"),
@@ -672,16 +681,109 @@ def report_search(lines: list[dict[str, str]], name: str) -> None:
             )
 
 
+def plan(ready: Ready, seeds: int) -> None:
+    """What a setting costs before it is started: image passes times MACs, in TMACs."""
+    setting, space = ready.setting, ready.space
+    full = space.macs(space.full())
+    rng = np.random.default_rng(0)
+    drawn = float(space.macs_array(WidthGrid.of(space).sample(4000, rng)).mean())
+    steps = ready.training(0).total_steps(setting.images)
+    supernet = 1e-12 * setting.supernet_steps * setting.batch / 2 * (3 * full + 5 * drawn)
+    one = {share: float(np.mean(space.macs_array(rows))) for share, rows in strata(ready)}
+    alone_ = {share: 3e-12 * steps * setting.batch * macs for share, macs in one.items()}
+    scored_ = {share: 1e-12 * CANDIDATES * (setting.valid + 512) * macs for share, macs in one.items()}
+    truth = TRUTH_SEEDS * IN_STRATUM * sum(alone_.values())
+    short = sum(part for part, _ in SHORT.values()) * truth
+    print(f"{ready.name}: full {full / 1e6:.2f} MMACs, {1e3 * ready.full_ms:.1f} us predicted; TMACs:")
+    nets = TRUTH_SEEDS * len(SUPERNETS) * supernet
+    print(f"  ranking: truth {truth:.2f}, super-networks {nets:.2f}, short {short:.2f}")
+    each = sum(len(METHODS) * alone_[share] + 4 * scored_[share] for share in setting.shares)
+    whole = 3e-12 * steps * setting.batch * full
+    uniform_ = 3e-12 * steps * setting.batch * sum(space.macs(space.uniform(ratio)) for ratio in UNIFORM)
+    print(f"  search: {seeds * (2 * supernet + whole + uniform_ + each):.2f} with {seeds} seeds")
+
+
+# ---------------------------------------------------------------- the cost of a step
+
+
+STEPS = 60
+
+
+def step_cost(ready: Ready) -> None:
+    """CPU seconds and peak memory of super-network steps against plain steps at the same sampled widths."""
+    task, _ = ready.task(0)
+    training = ready.training(0)
+    shuffle = Shuffle(len(task.train), training.batch_size, 0)
+    print(f"{ready.name}: {STEPS} sampled steps, batch {training.batch_size}, one thread, CPU time\n")
+    print("| step | CPU s | over plain | (m + 3) / 3 | allowed |\n|---|---|---|---|---|")
+    spent: dict[str, list[float]] = {}
+    kinds: dict[str, dict[str, object]] = {
+        "m = 1": {"patterns": 1}, "m = 2": {"patterns": 2}, "m = 4": {"patterns": 4},
+        "m = 2, distilled": {"patterns": 2, "distillation": 0.5},
+    }  # fmt: skip
+    nets = {name: SuperNet(ready.model, ready.space).train() for name in kinds}
+    steps = {
+        name: min_min_step(nets[name], task, ready.supernet(0, full_steps=False, **changes))
+        for name, changes in kinds.items()
+    }
+    with settings(training):
+        for number in range(STEPS + 3):
+            batch = training_batch(number, task.train, shuffle, training)
+            choice = ready.space.sample(generator(0, "pattern", number))
+            small = shrink(ready.model, ready.space, choice, check=False).train()
+
+            def plain(_: int, batch: Batch, small: nn.Module = small) -> None:
+                task.loss(small(batch[0]), batch).backward()
+
+            for name, step in {"plain": plain, **steps}.items():
+                started = time.process_time()
+                step(number, batch)
+                if number >= 3:  # the first ones warm up
+                    spent.setdefault(name, []).append(time.process_time() - started)
+    base = sum(spent["plain"])
+    for name, seconds in spent.items():
+        m = int(kinds[name]["patterns"]) if name in kinds else None  # type: ignore[call-overload]
+        bound = f"{(m + 3) / 3:.2f} | {1.15 * (m + 3) / 3:.2f}" if m else " | "
+        print(f"| {name} | {sum(seconds):.3f} | {sum(seconds) / base:.2f} | {bound} |")
+    memory = {kind: peak_mib(ready, task, kind) for kind in ("plain", "supernet")}
+    print(
+        f"\nPeak memory over 20 steps of training: plain {memory['plain']:.0f} MiB, super-network (m = 2, full steps "
+        f"between) {memory['supernet']:.0f} MiB: {memory['supernet'] / memory['plain']:.2f}"
+    )
+
+
+def peak_mib(ready: Ready, task: Classification, kind: str) -> float:
+    """Peak resident memory of 20 steps in a process of its own, forked after everything was loaded."""
+    import os
+    import resource
+
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        training = replace(ready.training(0), steps=20)
+        if kind == "plain":
+            train(copy.deepcopy(ready.model), task, training)
+        else:
+            train_supernet(ready.space, ready.model, task, replace(ready.supernet(0), training=training))
+        os.write(writer, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    return float(os.read(reader, 64).decode())
+
+
 # ---------------------------------------------------------------- the command line
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("ranking", "search", "measure", "report"))
+    parser.add_argument("part", choices=("plan", "ranking", "search", "step", "measure", "report"))
     parser.add_argument("--device", default="x86-ort-1t", help="its predictor prices the widths")
     parser.add_argument("--setting", default="resnet-14", choices=list(SETTINGS))
-    parser.add_argument("--output", type=Path, required=True, nargs="+")
+    parser.add_argument("--output", type=Path, nargs="+", default=[Path("build/search.csv")])
     parser.add_argument("--seeds", type=int, default=6, help="of search")
+    parser.add_argument("--method", action="append", default=[], choices=list(METHODS), help="of search; all of them")
+    parser.add_argument("--share", action="append", default=[], type=float, help="of search; all of the setting's")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the line that ends later")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -690,12 +792,16 @@ def main() -> int:
             report(asked.output)
             return 0
         prepared = ready(asked.setting, asked.device)
-        if asked.part == "measure":
+        if asked.part == "plan":
+            plan(prepared, asked.seeds)
+        elif asked.part == "step":
+            step_cost(prepared)
+        elif asked.part == "measure":
             measure_rows(prepared, asked.output[0], asked.device)
         elif asked.part == "ranking":
             ranking(prepared, Rows(asked.output[0], asked.seconds))
         else:
-            search(prepared, Rows(asked.output[0], asked.seconds), asked.seeds)
+            search(prepared, Rows(asked.output[0], asked.seconds), asked.seeds, asked.method, asked.share)
     except HwsearchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

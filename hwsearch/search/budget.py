@@ -80,8 +80,8 @@ class Limit:
         max_ms: the limit, a finite positive number of milliseconds.
         quantile: the share of networks like this one whose time would be at or below the number compared with
             ``max_ms``, which is the probability of keeping the limit: 0.5 compares the prediction itself, 0.95 the
-            upper side of its interval (one-sided). None: 0.95 where the latency offers an interval and nothing measures; 0.5
-            otherwise, since a measurement corrects the prediction and decides.
+            upper side of its interval (one-sided). None: 0.95 where the latency offers an interval and nothing
+            measures; 0.5 otherwise, since a measurement corrects the prediction and decides.
         name: the device's name, for messages.
         measure: milliseconds of one choice *measured* on the device; None where only predictions are wanted.
 

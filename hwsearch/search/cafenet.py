@@ -34,7 +34,7 @@ from hwsearch.search.supernet import SuperNet
 from hwsearch.search.supernet_training import min_min_step, train_supernet
 from hwsearch.search.winner import finish, train_choice
 from hwsearch.train.data import Examples
-from hwsearch.train.loop import Progress, evaluate
+from hwsearch.train.loop import DivergedError, Progress, evaluate
 from hwsearch.train.seeds import generator
 from hwsearch.train.task import Classification, Evaluation, Task
 
@@ -219,11 +219,7 @@ class _Job:
         steps = levels(self.space, self.config.refinements)
         settings = replace(self.config.evolution, minimise_ms=minimise_ms or self.config.evolution.minimise_ms)
         if len(steps) > 1:
-            settings = replace(
-                settings,
-                generations=max(settings.generations // len(steps), 1),
-                evaluations=max(settings.most // len(steps), 1),
-            )
+            settings = replace(settings, evaluations=max(settings.most // len(steps), 1))
         candidates: Sequence[Candidate] = ()
         for level, space in enumerate(steps):
             result = evolve(
@@ -234,7 +230,7 @@ class _Job:
                 self.seed,
                 journal=self.run.state / ("losses.jsonl" if level == len(steps) - 1 else f"losses-{level}.jsonl"),
                 progress=titled(self.progress, "evolution"),
-                initial=[*(c.choice for c in candidates[: settings.population]), *initial],
+                initial=[*(c.choice for c in candidates[: settings.population // 2]), *initial],
                 context=self.digest,
             )
             candidates = result.candidates
@@ -276,7 +272,10 @@ class _Job:
         from hwsearch.graph.widths import WidthChoice
 
         small = self.net.extract(self.scorer.pattern(WidthChoice(widths)), self.scorer.calibration())
-        return finish(small, self.task, self.short, progress=titled(self.progress, "finalists"))[1].loss
+        try:
+            return finish(small, self.task, self.short, progress=titled(self.progress, "finalists"))[1].loss
+        except DivergedError:
+            return float("inf")  # one that cannot be trained is the last, not the end of the search
 
     def told(self) -> Sequence[Candidate]:
         """All scored candidates under the budget as it was given, so that they are told alike, best first."""

@@ -37,6 +37,10 @@ _HISTORY_POINTS = 200
 _NOT_IDENTITY = ("checkpoint_s",)  # how often a checkpoint is written changes no bit of the result
 
 
+class DivergedError(InputError):
+    """The training loss is infinite or not a number."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How weights are fitted.
@@ -314,7 +318,8 @@ def _one_step(
     loss = processes.mean(float(run(step, batch)))
     processes.average_gradients([p for group in optimiser.param_groups for p in group["params"]])
     if not np.isfinite(loss):
-        raise InputError(f"the loss is {loss} at step {step} of {total}; lower learning_rate ({config.learning_rate})")
+        rate = config.learning_rate
+        raise DivergedError(f"the loss is {loss} at step {step} of {total}; lower learning_rate ({rate})")
     optimiser.step()
     return loss
 

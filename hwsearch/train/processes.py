@@ -1,4 +1,4 @@
-"""Several processes that train one network: ``torchrun`` starts them, gloo or nccl connects them.
+"""Several processes that train one network: ``torchrun`` starts them, gloo connects them.
 
 Every process runs the same program with the same seeds. They share the work in two places: a training step splits its
 batch (gradients and batch statistics are those of the whole batch), and candidates are scored by different processes.
@@ -28,8 +28,6 @@ T = TypeVar("T")
 def joined() -> Iterator[int]:
     """Connect to the other processes that ``torchrun`` started, gives this one's number; without torchrun it gives 0.
 
-    nccl where every process has a GPU of its own, gloo otherwise.
-
     Example:
         >>> with joined() as rank:                        # torchrun --nproc-per-node 2 search.py
         ...     CafeNet(space, budget).search(task, None)                             # doctest: +SKIP
@@ -37,11 +35,7 @@ def joined() -> Iterator[int]:
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         yield 0
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    gpus = torch.cuda.is_available() and torch.cuda.device_count() > local
-    if gpus:
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if gpus else "gloo")
+    dist.init_process_group("gloo")  # training runs on CPUs
     try:
         yield dist.get_rank()
     finally:

@@ -19,16 +19,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hwsearch.errors import InfeasibleBudgetError, InputError
+from hwsearch.errors import AnswerIsNo, InfeasibleBudgetError, InputError
 from hwsearch.graph.surgery import shrink
 from hwsearch.graph.widths import WidthChoice, WidthSpace
 from hwsearch.search.budget import Budget, Limit
 from hwsearch.search.cafenet import CafeNet, CafeNetConfig, min_min_step, score_candidates, train_supernet
 from hwsearch.search.evolution import EvolutionSettings
-from hwsearch.search.patterns import bins_of, draw, leftmost
+from hwsearch.search.patterns import bins_of, complement, draw, leftmost, rightmost
 from hwsearch.search.result import SearchResult
 from hwsearch.search.scoring import Scorer, ScoringConfig
 from hwsearch.search.supernet import SuperNet
+from hwsearch.search.supernet_training import bilateral_choice
 from hwsearch.search.winner import train_choice
 from hwsearch.train import checkpoint
 from hwsearch.train.data import Batch, Shuffle, TensorExamples, synthetic_images
@@ -432,3 +433,118 @@ def test_settings_out_of_range_are_refused_by_name(settings: dict[str, Any]) -> 
         CafeNetConfig(**settings)
     with pytest.raises(InputError, match="images is 1"):
         ScoringConfig(images=1)
+
+
+# ---- sharing from both sides, levels, starts, the floor ----
+
+
+def test_bilateral_training_goes_left_and_right_with_half_the_loss_each() -> None:
+    task, model = small_task(), small_model()
+    space = small_space(model)
+    config = replace(CONFIG, sharing="bilateral", full_steps=False)
+    net = SuperNet(model, space).train()
+    batch = batch_of(task, 0)
+    choice = bilateral_choice(space, config, 0)
+    loss = min_min_step(net, task, config)(0, batch)
+    losses = []
+    for pattern in (leftmost(choice), rightmost(space, choice)):
+        plain = shrink(model, space, choice, pattern.by_group(space), check=False).train()
+        losses.append(float(task.loss(plain(batch[0]).detach(), batch)))
+    assert losses[0] != losses[1]
+    assert float(loss) == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+def test_a_complement_uses_what_the_step_before_left_over() -> None:
+    space = small_space(small_model())
+    config = replace(CONFIG, sharing="bilateral", full_steps=False)
+    drawn, other = (bilateral_choice(space, config, number) for number in (0, 1))
+    assert [a + b for a, b in zip(drawn.widths, other.widths, strict=True) if a < 8] == [
+        group.units for group, a in zip(space.groups, drawn.widths, strict=True) if a < 8
+    ]
+    assert bilateral_choice(space, replace(config, complementary=False), 1) == space.sample(generator(2, "pattern", 1))
+    # Every second step trains the full network: the pairs are two steps apart.
+    halved = replace(config, full_steps=True)
+    assert bilateral_choice(space, halved, 3) == complement(space, bilateral_choice(space, halved, 1))
+
+
+def test_a_bilateral_score_is_the_mean_of_both_sides(trained: SuperNet) -> None:
+    task, choice = small_task(), trained.space.uniform(0.5)
+    both = Scorer(trained, task, CONFIG.scoring, TRAINING, bilateral=True)
+    left = Scorer(trained, task, CONFIG.scoring, TRAINING)
+    row = trained.space.choice_array([choice])
+    trained.activate(rightmost(trained.space, choice))
+    trained.calibrate(both.calibration())
+    batches = both._judging
+    with torch.no_grad():
+        tallies = torch.stack([task.tally(trained(batch[0]), batch) for batch in batches]).sum(dim=0)
+    assert both(row)[0] == pytest.approx((left(row)[0] + task.summary(tallies).loss) / 2)
+    assert both.digest() != left.digest()
+
+
+def test_recorded_losses_are_means_by_width_and_survive_in_the_checkpoint(tmp_path: Path) -> None:
+    task, model = small_task(), small_model()
+    net = train_supernet(small_space(model), model, task, CONFIG, tmp_path)
+    sums, counts = net.recorded.numpy()  # type: ignore[operator]
+    assert counts.sum(axis=1).tolist() == [6, 6]  # every second of twelve steps
+    losses = net.recorded_losses()
+    seen = counts > 0
+    np.testing.assert_allclose(losses[seen], sums[seen] / counts[seen])
+    again = train_supernet(small_space(model), model, task, CONFIG, tmp_path)
+    assert torch.equal(net.recorded, again.recorded)  # type: ignore[arg-type]
+
+
+def test_a_search_from_coarse_to_fine_scores_no_more_and_ends_on_fine_widths(toy: Any, tmp_path: Path) -> None:
+    model = small_model()
+    space, budget = small_budget(toy, share=0.7)
+    config = replace(SEARCH, refinements=1, bins="none", winner=None, finalists=0)
+    result = CafeNet(space, budget, config, model=model, folder=tmp_path).search(small_task(), None)
+    assert (tmp_path / "state" / "losses-0.jsonl").exists()
+    assert (tmp_path / "state" / "losses.jsonl").exists()
+    assert len(result.candidates) <= 18
+    assert any(width % 2 for c in result.candidates for width in c.choice.widths)
+
+
+def test_all_starts_are_trained_side_by_side_and_the_best_is_kept(toy: Any) -> None:
+    model, task = small_model(), small_task()
+    space, budget = small_budget(toy)
+    result = CafeNet(space, budget, replace(SEARCH, start="all"), model=model).search(task, None)
+    starts = result.extra["starts"]
+    assert list(starts) == ["scratch", "model", "supernet"]
+    assert result.metric == max(starts.values())
+
+
+def test_the_fewest_milliseconds_above_a_floor(toy: Any, tmp_path: Path) -> None:
+    model, task = small_model(), small_task()
+    space, budget = small_budget(toy, share=1.0, measured=True)
+    budget = Budget([replace(budget.limits[0], max_ms=2 * budget.limits[0].max_ms)])
+    easy = replace(SEARCH, floor=0.0)
+    result = CafeNet(space, budget, easy, model=model, folder=tmp_path).search(task, None)
+    assert result.metric is not None
+    assert result.measured_ms == pytest.approx(1.04 * result.predicted_ms)
+    # A floor of nothing is kept by the fastest of the front: no candidate is faster.
+    assert result.predicted_ms == min(candidate.predicted_ms for candidate in result.candidates)
+    with pytest.raises(AnswerIsNo, match="no network keeps the floor of 1"):
+        CafeNet(space, budget, replace(SEARCH, floor=1.01), model=model).search(task, None)
+    with pytest.raises(InputError, match="floor judges trained networks"):
+        replace(SEARCH, floor=0.5, winner=None)
+
+
+def test_one_super_network_serves_several_budgets(toy: Any) -> None:
+    model, task = small_model(), small_task()
+    space, budget = small_budget(toy)
+    config = replace(SEARCH, bins="none", finalists=0)
+    net = train_supernet(space, model, task, config)
+    shared = CafeNet(space, budget, config, model=model, supernet=net).search(task, None)
+    assert shared.choice == CafeNet(space, budget, config, model=model).search(task, None).choice
+    with pytest.raises(InputError, match="another space"):
+        CafeNet(space, budget, replace(config, bins="ms"), model=model, supernet=net).search(task, None)
+
+
+def test_the_reduction_is_told_before_anything_is_trained(toy: Any) -> None:
+    said: list[str] = []
+    phases: list[str] = []
+    space, budget = small_budget(toy)
+    CafeNet(space, budget, SEARCH, model=small_model(), say=lambda line: said.append(f"{len(phases)}{line}")).search(
+        small_task(), None, progress=lambda *call: phases.append(call[2])
+    )
+    assert said[0].startswith("0  widths by ms: 10^")
