@@ -16,10 +16,10 @@ from torch import nn
 
 from hwsearch.errors import CheckFailedError
 from hwsearch.reparam.fold import fold, plan_fold
-from hwsearch.reparam.statistics import is_norm, randomise
+from hwsearch.reparam.statistics import is_norm
 
 NAMES = (
-    "repvgg_a0", "mobileone_s0", "mobileone_s1", "fastvit_t8", "mobileclip_s0", "repvit_m0_9", "repghostnet_050",
+    "repvgg_a0", "mobileone_s0", "mobileone_s1", "fastvit_t8", "fastvit_mci0", "repvit_m0_9", "repghostnet_050",
     "ghostnetv3_050", "levit_128s", "tiny_vit_5m_224", "efficientvit_m0", "nextvit_small", "shvit_s1", "lcnetv2_base",
     "iformer_t", "efficientvim_m1",
 )  # fmt: skip
@@ -41,6 +41,24 @@ def timm() -> Any:
         pytest.skip("timm is not installed")
 
 
+def trained_like(model: nn.Module, x: torch.Tensor) -> None:
+    """Statistics that are not trivial, and tame: ``randomise`` makes attention chaotic (float32 alone is 6 % off)."""
+    generator = torch.Generator().manual_seed(2)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
+            norm.bias.copy_(0.4 * torch.rand(norm.num_features, generator=generator) - 0.2)
+            norm.momentum = 1.0
+            norm.train()
+        model(torch.cat([x, *(torch.randn(x.shape, generator=generator) for _ in range(7))]))
+        for norm in norms:
+            norm.eval()
+            norm.momentum = 0.1
+            norm.running_mean.add_(0.1 * torch.randn(norm.num_features, generator=generator) * norm.running_var.sqrt())
+            norm.running_var.mul_(0.8 + 0.5 * torch.rand(norm.num_features, generator=generator)).add_(1e-3)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_of_timm_fold(timm: Any, name: str) -> None:
@@ -52,7 +70,7 @@ def test_networks_of_timm_fold(timm: Any, name: str) -> None:
     model = timm.create_model(name, num_classes=10).eval()
     size = model.pretrained_cfg.get("input_size", (3, 224, 224))[-1]
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1)) + 0.2
-    randomise(model, x, torch.Generator().manual_seed(2))
+    trained_like(model, x)
     plan = plan_fold(model, x)
     assert plan.blocks, "no block of this network was recognised"
     folded = fold(model, x)
