@@ -7,6 +7,7 @@ whole and every parameter keeps its name. Nothing is trained and no gradient is 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import re
 import warnings
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 _MAC_OPS = {
     "conv1d": (1, 2), "conv2d": (1, 2), "conv3d": (1, 2),
     "conv_transpose1d": (1, 2), "conv_transpose2d": (1, 2), "conv_transpose3d": (1, 2),
-    "linear": (1, 2), "addmm": (2, 0), "mm": (1, None), "matmul": (1, None), "bmm": (1, None),
+    "linear": (1, 2), "addmm": (2, 0), "mm": (1, None), "matmul": (1, None), "bmm": (1, None), "baddbmm": (2, 0),
 }  # fmt: skip
+
+#: Other operations that multiply activations with each other.
+_PRODUCTS = ("einsum", "scaled_dot_product_attention")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Network:
 
     ``macs`` counts every call (a shared layer counts once per call); ``parameters`` counts every trainable element
     once, used or not. ``shapes`` maps each distinct parameter and buffer to its shape; ``aliases`` maps the other
-    names of a shared tensor to the first one.
+    names of a shared tensor to the first one. ``nodes`` names the graph node of each layer.
     """
 
     layers: tuple[Layer, ...]
@@ -67,6 +71,7 @@ class Network:
     shapes: Mapping[str, tuple[int, ...]] = field(compare=False, repr=False, default_factory=dict)
     trainable: frozenset[str] = field(compare=False, repr=False, default=frozenset())
     aliases: Mapping[str, str] = field(compare=False, repr=False, default_factory=dict)
+    nodes: tuple[str, ...] = field(compare=False, repr=False, default=())
 
     def tensor_name(self, node: object) -> str | None:
         """The canonical parameter or buffer behind a graph node, or None when the node is not one."""
@@ -104,6 +109,8 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
     with evaluation_mode(model):
         try_forward(model, example_input)
         try:
+            if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
+                model = copy.deepcopy(model)  # export marks gradients, which such tensors refuse
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # notes about the user's own modules, which export all the same
                 program = torch.export.export(model, (example_input,))
@@ -196,7 +203,8 @@ def _describe(model: nn.Module, program: ExportedProgram, input_shape: tuple[int
         if canonical in parameters:
             trainable.add(canonical)
     bare = Network((), input_shape, (), 0, 0, program, shapes, frozenset(trainable), aliases)
-    layers = tuple(layer for node in program.graph.nodes if (layer := _layer(bare, node)) is not None)
+    found = [(node.name, layer) for node in program.graph.nodes if (layer := _layer(bare, node)) is not None]
+    layers = tuple(layer for _, layer in found)
     outputs = [node for node in program.graph.nodes if node.op == "output"][-1].args[0]
     tensors = [shape for node in outputs if (shape := node_shape(node)) is not None]
     if not tensors:
@@ -211,6 +219,7 @@ def _describe(model: nn.Module, program: ExportedProgram, input_shape: tuple[int
         shapes=shapes,
         trainable=frozenset(trainable),
         aliases=aliases,
+        nodes=tuple(name for name, _ in found),
     )
 
 
@@ -220,7 +229,7 @@ def _layer(network: Network, node: fx.Node) -> Layer | None:
         return None
     op, out_shape = op_name(node), node_shape(node)
     owned = [name for arg in node.all_input_nodes if (name := network.tensor_name(arg)) is not None]
-    if out_shape is None or (op not in _MAC_OPS and op != "scaled_dot_product_attention" and not owned):
+    if out_shape is None or (op not in _MAC_OPS and op not in _PRODUCTS and not owned):
         return None
     parameters = sum(math.prod(network.shapes[name]) for name in dict.fromkeys(owned) if name in network.trainable)
     data = next((arg for arg in node.all_input_nodes if network.tensor_name(arg) is None), node.all_input_nodes[0])
@@ -233,7 +242,10 @@ def _layer(network: Network, node: fx.Node) -> Layer | None:
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     groups, macs = 1, 0
-    if op in _MAC_OPS:
+    if op == "einsum":
+        weight = next((name for name in owned if name in network.trainable), None)
+        macs = _einsum_macs(node)
+    elif op in _MAC_OPS:
         weight_node = node.args[_MAC_OPS[op][0]]
         weight_shape = node_shape(weight_node) or ()
         weight = _weight_name(network, weight_node)
@@ -249,6 +261,19 @@ def _layer(network: Network, node: fx.Node) -> Layer | None:
             macs = math.prod(out_shape) * inner
     name = module_path(node) or (weight.rpartition(".")[0] if weight else "") or node.name
     return Layer(name, op, weight, in_shape, out_shape, kernel, stride, groups, macs, parameters)
+
+
+def _einsum_macs(node: fx.Node) -> int:
+    """One multiplication for every combination of the letters of a product of two tensors."""
+    terms = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
+    shapes = [node_shape(arg) or () for arg in node.args[1]]  # type: ignore[union-attr]
+    if len(terms) != 2 or [len(term) for term in terms] != [len(shape) for shape in shapes]:
+        return 0
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        for letter, size in zip(term, shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return math.prod(sizes.values())
 
 
 def _weight_name(network: Network, node: Any) -> str | None:

@@ -1,7 +1,7 @@
 """A model on disk: ``model.json`` (what it is) beside ``weights.safetensors``. No code is stored and none is unpickled.
 
-A folder names the factory that builds the full model; the shapes of the stored weights say how it was shrunk. Because a
-folder can come from a stranger, only the reference factories of ``hwsearch.models`` are built without being asked.
+A folder names the factory that builds the full model; the shapes of the stored weights say how it was shrunk or grown.
+Because a folder can come from a stranger, only the reference factories of ``hwsearch.models`` are built unasked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ModelDescription:
 
     ``factory`` builds the full, unfolded model with ``factory_kwargs`` (None: the caller has to bring the model).
     ``widths`` names the kept units per group, for the reader; the shapes of the weights are what counts. ``folded``
-    says that batch normalisation was folded before saving.
+    says that batch normalisation was folded before saving, ``grown`` that weights may be larger than the factory's.
     """
 
     factory: str | None
@@ -46,6 +46,7 @@ class ModelDescription:
     output_shape: tuple[int, ...]
     widths: dict[str, int] = field(default_factory=dict)
     folded: bool = False
+    grown: bool = False
     weights_sha256: str = ""
 
 
@@ -58,6 +59,7 @@ def save_model(
     factory_kwargs: Mapping[str, Any] | None = None,
     widths: Mapping[str, int] | None = None,
     folded: bool = False,
+    grown: bool = False,
 ) -> Path:
     """Write a model folder; an existing one is replaced file by file, the description last.
 
@@ -68,6 +70,7 @@ def save_model(
         factory_kwargs: what the factory was called with; JSON values only.
         widths: kept units per group name (``{group.name: width}``), for the reader.
         folded: whether batch normalisation has been folded.
+        grown: whether some weights are larger than those of the factory's model (see ``grow``).
 
     Raises:
         InputError: arguments that JSON cannot hold, or a folder that cannot be written.
@@ -88,6 +91,7 @@ def save_model(
         output_shape=tuple(output.shape),
         widths={name: int(width) for name, width in (widths or {}).items()},
         folded=folded,
+        grown=grown,
         weights_sha256=hashlib.sha256(content).hexdigest(),
     )
     try:
@@ -171,7 +175,7 @@ def load_model(
     model.eval()
     if description.folded and fold is not None:
         model = fold(model).eval()
-    _put_checked(model, weights, folder)
+    _put_checked(model, weights, folder, description.grown)
     try:
         output = first_tensor(try_forward(model, _zeros(model, description.input_shape)))
     except UnsupportedModelError as error:
@@ -224,8 +228,8 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         raise SchemaError(f"{path} is not a safetensors file: {first_line(error)}; save the model again") from error
 
 
-def _put_checked(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Put stored tensors of equal or smaller shape into the full model."""
+def _put_checked(model: nn.Module, weights: Mapping[str, Tensor], folder: Path, grown: bool) -> None:
+    """Put stored tensors into the full model: of equal or smaller shape, or of equal rank where it was grown."""
     own = named_tensors(model)
     for name in sorted(own.keys() ^ weights.keys()):
         side = "misses" if name in own else "has an unknown"
@@ -234,7 +238,8 @@ def _put_checked(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) 
         )
     for name, tensor in sorted(weights.items()):
         full, shape = tuple(own[name].shape), tuple(tensor.shape)
-        if len(full) != len(shape) or any(size > limit or size < 1 for size, limit in zip(shape, full, strict=True)):
+        larger = any(size > limit for size, limit in zip(shape, full, strict=False)) and not grown
+        if len(full) != len(shape) or larger or any(size < 1 for size in shape):
             raise SchemaError(
                 f"{folder / _WEIGHTS}: {name} has shape {shape}, which does not fit in the full model's {full}"
             )

@@ -1,7 +1,8 @@
 """How each operation passes channel ids from its inputs to its output: layers, element-wise operations, reductions.
 
 A rule takes the graph node, the values so far and the context, and returns the node's value. Rules that only move axes
-live in ``rules_shape.py``; both fill the same table ``RULES``, by ATen name without overload.
+live in ``rules_shape.py``, those that pick or repeat in ``rules_index.py``, products of activations in
+``rules_product.py``; all fill the same table ``RULES``, by ATen name without overload.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ RULES: dict[str, Rule] = {}
 
 @dataclass
 class Context:
-    """What the rules share: the ids, the operations without a rule, and the weight axes that read channels."""
+    """What the rules share: the ids, the operations without a rule, and the weight axes that read channels.
+
+    ``products`` are multiplications of activations: graph node, multiplications, and the ids along their axes.
+    """
 
     ids: Ids
     unknown: list[str] = field(default_factory=list)
     read: list[IntArray] = field(default_factory=list)
+    constant: set[Any] = field(default_factory=set)  # graph nodes that are made of parameters alone
+    products: list[tuple[str, int, tuple[IntArray, ...]]] = field(default_factory=list)
 
     def give_up(self, node: Any, environment: dict[Any, Any]) -> Any:
         """Freeze what meets an operation without a rule, report it, and go on with a value without ids."""
@@ -206,23 +212,10 @@ def _linear(node: Any, environment: dict[Any, Any], context: Context) -> Value:
     x, weight, bias = arguments["input"], arguments["weight"], arguments.get("bias")
     ids, where = context.ids, source_line(node)
     outputs, inputs = axis_ids(weight, 0, ids), axis_ids(weight, 1, ids)
-    return _product(x, inputs, outputs, bias, shape, context, f"the linear layer at {where}")
+    return product_with_matrix(x, inputs, outputs, bias, shape, context, f"the linear layer at {where}")
 
 
-@rule("matmul", "mm", "addmm")
-def _matmul(node: Any, environment: dict[Any, Any], context: Context) -> Any:
-    """A product with a matrix of parameters on the right is a linear layer; products of activations are not known."""
-    arguments, shape = argument_values(node, environment), node_shape(node) or ()
-    x = next(arguments[name] for name in ("mat1", "self") if name in arguments)
-    weight = next(arguments[name] for name in ("mat2", "other") if name in arguments)
-    bias = arguments["self"] if "mat1" in arguments else None
-    if len(weight.shape) != 2 or len(weight.factors) != sum(size > 1 for size in weight.shape):
-        return context.give_up(node, environment)
-    inputs, outputs = axis_ids(weight, 0, context.ids), axis_ids(weight, 1, context.ids)
-    return _product(x, inputs, outputs, bias, shape, context, f"the product at {source_line(node)}")
-
-
-def _product(
+def product_with_matrix(
     x: Value,
     inputs: IntArray | None,
     outputs: IntArray | None,
@@ -252,6 +245,9 @@ def _channel_norm(node: Any, environment: dict[Any, Any], context: Context) -> A
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(arguments.get(name), Value):
             join_or_freeze(axis_ids(arguments[name], 0, ids), x_ids, ids, "it normalises channels that are fixed")
+    for factor in x.factors:
+        if factor is not x.on(channel):
+            ids.reduced(factor, f"normalisation at {source_line(node)} takes its statistics over them")
     return Value(x.shape, x.factors)
 
 
@@ -318,41 +314,55 @@ def _elementwise(node: Any, environment: dict[Any, Any], context: Context) -> Va
     shape = node_shape(node) or ()
     rank = len(shape)
     operands = [value for value in argument_values(node, environment).values() if isinstance(value, Value)]
-    aligned = [
-        Value(
-            (1,) * (rank - len(value.shape)) + value.shape,
-            tuple(factor.reshape((1,) * (rank - factor.ndim) + factor.shape) for factor in value.factors),
-        )
-        for value in operands
-    ]
-    return join_values(aligned, shape, context.ids, f"combined with a fixed tensor at {source_line(node)}")
+    laid = [aligned(value, rank) for value in operands]
+    return join_values(laid, shape, context.ids, f"combined with a fixed tensor at {source_line(node)}")
+
+
+def aligned(value: Value, rank: int) -> Value:
+    """The value with leading axes of size 1, as broadcasting sees it."""
+    lead = (1,) * (rank - len(value.shape))
+    return Value(lead + value.shape, tuple(factor.reshape(lead + factor.shape) for factor in value.factors))
 
 
 def join_values(values: list[Value], shape: tuple[int, ...], ids: Ids, reason: str) -> Value:
     """Join values of equal rank element by element, as broadcasting does; a fixed axis freezes what meets it.
 
     An operand whose axis has size 1 is spread over the others and ties nothing (a squeeze-and-excitation gate of shape
-    ``(N, C, 1, 1)`` ties its channels, and no positions).
+    ``(N, C, 1, 1)`` ties its channels, and no positions). Where factors run along different axes (features of a head
+    against a weight per head), what is left are the axes that they share: along the others their ids are one.
     """
-    for index, value in enumerate(values):
-        for factor in value.factors:
-            for other in values[:index] + values[index + 1 :]:
-                for axis in tracked_axes(factor):
-                    if other.shape[axis] == 1:
-                        continue
-                    met = other.on(axis)
-                    if met is None:
-                        ids.freeze(factor, reason)
-                    else:
-                        ids.join(factor, met)
-    kept: list[IntArray] = []
+    found = [list(value.factors) for value in values]
+    queue = [(index, factor) for index, factors in enumerate(found) for factor in factors]
+    while queue:
+        index, factor = queue.pop(0)
+        axes = kept = set(tracked_axes(factor))
+        for value, others in zip(values, found, strict=True):
+            if others is found[index]:
+                continue
+            met = [other for other in others if axes & set(tracked_axes(other))]
+            for other in met:
+                ids.join(factor, other)
+                kept = kept & set(tracked_axes(other))
+            fixed = {axis for axis in axes if value.shape[axis] > 1} - {a for o in met for a in tracked_axes(o)}
+            kept = kept - fixed
+        if kept != axes:
+            found[index] = [other for other in found[index] if other is not factor]
+            smaller = factor[tuple(slice(None) if axis in kept else slice(0, 1) for axis in range(factor.ndim))]
+            ids.join(factor, smaller)
+            if kept:
+                found[index].append(smaller)
+            else:
+                ids.freeze(factor, reason)
+            # What has become shorter here may leave others against a fixed axis: all are looked at again.
+            queue = [(place, other) for place, factors in enumerate(found) for other in factors]
+    union: list[IntArray] = []
     covered: set[int] = set()
-    for value in values:
-        for factor in value.factors:
+    for factors in found:
+        for factor in factors:
             if not covered & set(tracked_axes(factor)):
-                kept.append(factor)
+                union.append(factor)
                 covered |= set(tracked_axes(factor))
-    return Value(shape, tuple(kept))
+    return Value(shape, tuple(union))
 
 
 @rule(
@@ -363,7 +373,8 @@ def join_values(values: list[Value], shape: tuple[int, ...], ids: Ids, reason: s
     "clip", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "identity",
     "alias", "clone", "contiguous", "detach", "lift_fresh", "lift_fresh_copy", "to", "_to_copy", "type_as", "float",
     "half", "double", "logical_not", "isnan", "isinf", "nan_to_num", "zeros_like", "ones_like", "positive", "frac",
-    "requires_grad", "full_like",
+    "requires_grad", "full_like", "isfinite", "log10", "erfc", "sinh", "cosh", "tan", "asinh", "atan", "rand_like",
+    "randn_like", "empty_like", "bernoulli",
 )  # fmt: skip
 def _unary(node: Any, environment: dict[Any, Any], context: Context) -> Any:
     value = next((v for v in argument_values(node, environment).values() if isinstance(v, Value)), None)
@@ -388,7 +399,8 @@ def _spatial(node: Any, environment: dict[Any, Any], context: Context) -> Any:
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "max", "min",
-    "any", "all", "argmax", "argmin")  # fmt: skip
+    "any", "all", "argmax", "argmin", "var_mean", "std_mean", "aminmax", "median", "nanmean", "nansum",
+    "count_nonzero")  # fmt: skip
 def _reduce(node: Any, environment: dict[Any, Any], context: Context) -> Any:
     arguments = argument_values(node, environment)
     values = [value for value in arguments.values() if isinstance(value, Value)]
@@ -402,9 +414,8 @@ def _reduce(node: Any, environment: dict[Any, Any], context: Context) -> Any:
     kept = []
     for factor in x.factors:
         inside = set(tracked_axes(factor)) & axes
-        if inside:
+        if inside and inside == set(tracked_axes(factor)):
             ids.reduced(factor, f"{op_name(node)} over channels at {source_line(node)}")
-        if inside == set(tracked_axes(factor)):
             continue
         index = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(rank))
         if inside:
@@ -413,14 +424,15 @@ def _reduce(node: Any, environment: dict[Any, Any], context: Context) -> Any:
     return plain_value(node, tuple(kept))
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "flip", "glu")
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "flip", "roll")
 def _along_axis(node: Any, environment: dict[Any, Any], context: Context) -> Any:
     """Operations whose result along ``dim`` depends on everything there: a tracked axis has to stay."""
     arguments = argument_values(node, environment)
     x = next(value for value in arguments.values() if isinstance(value, Value))
     dims = arguments.get("dim", arguments.get("dims", -1))
     rank = len(x.shape)
-    axes = {axis % rank for axis in ([dims] if isinstance(dims, int) else dims)}
+    listed = [dims] if isinstance(dims, int) else dims or range(rank)  # a roll without dims runs over everything
+    axes = {axis % rank for axis in listed}
     reason = f"{op_name(node)} along it at {source_line(node)}"
     kept = tuple(keep_only(x, set(range(rank)) - axes, context.ids, reason))
     return plain_value(node, kept)
@@ -438,5 +450,5 @@ def _mark_read(inputs: IntArray | None, context: Context) -> None:
         context.read.append(inputs)
 
 
-# Imported for its side effect: it fills RULES with the operations that move axes.
-from hwsearch.graph import rules_shape  # noqa: E402, F401
+# Imported for their side effect: they fill RULES with the operations that move axes, pick from them, and multiply.
+from hwsearch.graph import rules_index, rules_product, rules_shape  # noqa: E402, F401

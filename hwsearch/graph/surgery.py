@@ -1,28 +1,28 @@
 """``shrink``: a width choice turned into a smaller plain module, weights carried over.
 
 Contract: the function is preserved exactly where the dropped units are dead (nothing reads them, or they are read
-with zero weights), for every neutral group. ``shrink`` checks shapes by running the result; ``freeze_failing`` checks
+with zero weights), for every neutral group. ``shrink`` checks shapes by running the result; ``verification.py`` checks
 the promise itself, with random weights, once per space.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hwsearch.errors import HwsearchError, InputError, UnsupportedModelError
+from hwsearch.errors import InputError, UnsupportedModelError
 from hwsearch.graph.capture import evaluation_mode, first_line, try_forward
 from hwsearch.graph.widths import IntArray, WidthChoice, WidthSpace
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: Largest relative difference that the check of a space accepts (float32, random weights).
-_TOLERANCE = 1e-2
+#: Files whose lines are not the user's: PyTorch's own, and this package's.
+_INTERNAL = re.compile(r"/(torch|hwsearch/graph)/")
 
 
 def shrink(
@@ -103,15 +103,23 @@ def axis_positions(
             size = shapes[slot.parameter][slot.axis]
             mask = masks.setdefault((slot.parameter, slot.axis), np.ones(size, dtype=bool))
             mask[slot.positions[dropped].ravel()] = False
-    known = set(space.network.shapes)
+    for name, owner in followers(space, shapes).items():
+        if owner in masks:
+            masks[name, 0] = masks[owner]
+    return {key: np.flatnonzero(mask) for key, mask in masks.items()}
+
+
+def followers(space: WidthSpace, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, int]]:
+    """Biases that the space does not know, because folding added them, and the weight axis that each one follows."""
+    transposed = {layer.weight for layer in space.network.layers if "transpose" in layer.op and layer.groups == 1}
+    found = {}
     for name, shape in shapes.items():
         owner = name.removesuffix("bias") + "weight"
-        if name.endswith("bias") and name not in known and (owner, 0) in masks and len(shape) == 1:
-            transposed = shapes[owner][0] != shape[0]
-            axis = 1 if transposed else 0
-            if (owner, axis) in masks and len(masks[owner, axis]) == shape[0]:
-                masks[name, 0] = masks[owner, axis]
-    return {key: np.flatnonzero(mask) for key, mask in masks.items()}
+        if name.endswith("bias") and name not in space.network.shapes and owner in shapes:
+            axis = 1 if owner in transposed else 0
+            if shape == shapes[owner][axis : axis + 1]:
+                found[name] = (owner, axis)
+    return found
 
 
 def _cut_tensors(model: nn.Module, cut: Mapping[tuple[str, int], IntArray]) -> None:
@@ -195,10 +203,10 @@ def _check_shape(small: nn.Module, space: WidthSpace, choice: WidthChoice) -> No
     advice = "a size is written in its Python code, read it from the tensor's shape instead"
     with evaluation_mode(small):
         try:
-            output = try_forward(small, _example(small, space, torch.zeros))
+            output = try_forward(small, example_for(small, space, torch.zeros))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
-                f"{type(small).__name__} cannot run at widths {list(choice.widths)}: {_root(error)}; {advice}"
+                f"{type(small).__name__} cannot run at widths {list(choice.widths)}: {blame(error)}; {advice}"
             ) from error
     found = tuple(first_tensor(output).shape)
     if found != space.network.output_shape:
@@ -208,14 +216,19 @@ def _check_shape(small: nn.Module, space: WidthSpace, choice: WidthChoice) -> No
         )
 
 
-def _root(error: BaseException) -> str:
-    """The first line of the error that started a chain."""
+def blame(error: BaseException) -> str:
+    """The first line of the error that started a chain, and the line of the user's code that raised it."""
+    import traceback
+
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not _INTERNAL.search(f.filename.replace("\\", "/"))]
+    place = f" at {own[-1].filename.replace(chr(92), '/').rpartition('/')[2]}:{own[-1].lineno}" if own else ""
+    return first_line(error) + place
 
 
-def _example(model: nn.Module, space: WidthSpace, make: Any) -> Tensor:
+def example_for(model: nn.Module, space: WidthSpace, make: Any) -> Tensor:
     """An input of the captured shape on the model's device and in its dtype."""
     first = next((tensor for tensor in named_tensors(model).values() if tensor.is_floating_point()), None)
     example: Tensor = make(space.network.input_shape)
@@ -230,79 +243,6 @@ def first_tensor(output: Any) -> Tensor:
         return output
     items = list(output.values()) if isinstance(output, dict) else list(output)
     return first_tensor(items[0])
-
-
-def freeze_failing(model: nn.Module, space: WidthSpace) -> WidthSpace:
-    """Drop the groups whose shrinking breaks the network or changes its function, with the reason.
-
-    A copy with random weights is shrunk to half everywhere and compared with the full copy whose dropped units are read
-    with zero weights. Only when that fails are the groups added one by one.
-    """
-    import torch
-
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        probe, example = _probe(model, space)
-        neutral = [index for index, group in enumerate(space.groups) if group.neutral]
-        others = [index for index, group in enumerate(space.groups) if not group.neutral]
-        # Values can be compared over the neutral groups alone; the others can only be run.
-        if all(_failure(probe, space, indices, example) is None for indices in (neutral, neutral + others)):
-            return space
-        reasons = dict(space.frozen_reasons)
-        kept: list[int] = []
-        for index in neutral + others:
-            failure = _failure(probe, space, [*kept, index], example)
-            if failure is None:
-                kept.append(index)
-            else:
-                reasons.update({f"{slot.parameter} axis {slot.axis}": failure for slot in space.groups[index].slots})
-        return replace(space, groups=tuple(space.groups[index] for index in sorted(kept)), frozen_reasons=reasons)
-
-
-def _probe(model: nn.Module, space: WidthSpace) -> tuple[nn.Module, Tensor]:
-    """A copy with random weights and a random input; with the model's own weights where random ones overflow."""
-    import torch
-
-    try:
-        probe = copy.deepcopy(model).eval()
-    except Exception as error:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
-    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in named_tensors(probe).values()):
-        probe = probe.float()  # half precision is too coarse to compare
-    own = {name: tensor.detach().clone() for name, tensor in named_tensors(probe).items()}
-    randomise(probe)
-    example = _example(probe, space, torch.randn)
-    output = first_tensor(try_forward(probe, example))
-    if not (torch.isfinite(output).all() and output.any()):
-        for name, tensor in named_tensors(probe).items():
-            tensor.copy_(own[name])
-    return probe, example
-
-
-def _failure(probe: nn.Module, space: WidthSpace, indices: list[int], example: Tensor) -> str | None:
-    """Why the groups at ``indices`` cannot be shrunk together, or None."""
-    rng = np.random.default_rng(0)
-    widths, keep = [], {}
-    for index, group in enumerate(space.groups):
-        width = max(1, group.units // 2) if index in indices else group.units
-        widths.append(width)
-        keep[group.name] = np.sort(rng.permutation(group.units)[:width])
-    # The probe's widths need not be allowed ones: what is tested is the group, not the quantum.
-    free = replace(space, groups=tuple(replace(g, widths=tuple(range(1, g.units + 1))) for g in space.groups))
-    try:
-        small = shrink(probe, free, WidthChoice(tuple(widths)), keep)
-    except HwsearchError as error:
-        return f"a size is written in the model's Python code: {_root(error)}"
-    if not all(space.groups[index].neutral for index in indices):
-        return None  # shapes are all that can be promised: the function changes by design
-    got = first_tensor(small(example))
-    del small
-    dropped = {group.name: np.setdiff1d(np.arange(group.units), keep[group.name]) for group in space.groups}
-    wanted = first_tensor(kill_units(probe, space, dropped)(example))
-    change = float((wanted - got).abs().max()) / (float(wanted.abs().max()) or 1.0)
-    if change <= _TOLERANCE:
-        return None
-    return f"dropping dead units changes the output by {change:.0%}: a size is written in the model's Python code"
 
 
 def kill_units(model: nn.Module, space: WidthSpace, dropped: Mapping[str, np.ndarray]) -> nn.Module:

@@ -15,56 +15,18 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from hwsearch.errors import InputError
+from hwsearch.graph.groups import IntArray, Slot, WidthGroup, check_settings, make_group
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from hwsearch.graph.capture import Layer, Network
-    from hwsearch.graph.dependencies import Unit
+    from hwsearch.graph.capture import Network
+    from hwsearch.graph.dependencies import Product
 
-IntArray = NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """Where a group lives on one parameter axis: ``positions`` has shape ``(units, elements_per_unit)``.
-
-    ``reads`` is true on the input side of a layer (axis 1 of the convolution that consumes the group) and false where
-    the group is produced or passed through (axis 0 of its convolution, batch normalisation, depth-wise layers).
-    """
-
-    parameter: str
-    axis: int
-    positions: IntArray
-    reads: bool = False
-
-    @property
-    def elements_per_unit(self) -> int:
-        """Axis positions that one unit takes."""
-        return int(self.positions.shape[1])
-
-
-@dataclass(frozen=True, eq=False)
-class WidthGroup:
-    """One width variable.
-
-    ``widths`` are the allowed numbers of kept units, ascending; the last one is ``units``, the full width.
-    ``quantum`` is in units. ``layers`` are the layers that the group touches, in execution order. ``neutral`` is
-    false when an operation mixes over the channels (layer normalisation, mean over channels), so that dropping even a
-    dead unit changes the function.
-    """
-
-    name: str
-    units: int
-    quantum: int
-    minimum: int
-    slots: tuple[Slot, ...] = field(repr=False)
-    layers: tuple[str, ...] = field(repr=False)
-    widths: tuple[int, ...] = field(repr=False)
-    neutral: bool = True
+__all__ = ["IntArray", "Slot", "WidthChoice", "WidthGroup", "WidthRow", "WidthSpace", "check_settings"]
 
 
 @dataclass(frozen=True, order=True)
@@ -84,6 +46,18 @@ class WidthRow(NamedTuple):
     layers: str
 
 
+@dataclass(frozen=True)
+class WidthProduct:
+    """MACs of one layer without a weight: the product of its ``axes`` times ``rest``.
+
+    Each axis is ``(size at full width, ((group name, positions that one unit takes), ...))``.
+    """
+
+    layer: int
+    rest: int
+    axes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class WidthSpace:
     """All width choices of one network.
@@ -94,6 +68,7 @@ class WidthSpace:
         frozen_reasons: ``"parameter axis"`` to the reason why it keeps its size.
         unknown_operations: operations without a rule, as ``name at file.py:12``; what they touch is frozen.
         model: the module that the space was made from, so that searchers need not be handed it again.
+        products: layers that multiply activations (attention), whose MACs follow widths without any weight.
 
     Example:
         >>> space = WidthSpace.from_model(vgg_small(), torch.zeros(1, 1, 28, 28), quantum=8)
@@ -106,6 +81,7 @@ class WidthSpace:
     frozen_reasons: Mapping[str, str] = field(repr=False, default_factory=dict)
     unknown_operations: tuple[str, ...] = ()
     model: nn.Module | None = field(repr=False, default=None)
+    products: tuple[WidthProduct, ...] = field(repr=False, default=())
 
     @classmethod
     def from_model(
@@ -139,9 +115,9 @@ class WidthSpace:
         found = extract(network)
         reasons = {f"{item.parameter} axis {item.axis}": item.reason for item in found.frozen}
         reads = {(axis.parameter, axis.axis): axis.reads for axis in found.axes}
-        groups, names = [], set()
+        groups, names, group_of = [], set(), {}
         for unit in found.units:
-            group = _group(network, unit, reads, quantum, minimum)
+            group = make_group(network, unit, reads, quantum, minimum)
             if group.units < 2:
                 for slot in group.slots:
                     reasons[f"{slot.parameter} axis {slot.axis}"] = "all its channels are tied into a single unit"
@@ -151,9 +127,11 @@ class WidthSpace:
                 group = replace(group, name=f"{stem}#{int(number or 1) + 1}")
             names.add(group.name)
             groups.append(group)
-        space = cls(tuple(groups), network, reasons, found.unknown, model)
+            group_of.update(dict.fromkeys(unit.roots.tolist(), group))
+        products = _products(network, found.products, group_of)
+        space = cls(tuple(groups), network, reasons, found.unknown, model, products)
         if verify and groups:
-            from hwsearch.graph.surgery import freeze_failing
+            from hwsearch.graph.verification import freeze_failing
 
             space = freeze_failing(model, space)
         if not space.groups:
@@ -242,13 +220,26 @@ class WidthSpace:
         """``macs`` of every row of a width array of shape ``(N, groups)``, as int64 of shape ``(N,)``."""
         rows = np.asarray(array, dtype=np.int64)
         total = np.zeros(len(rows), dtype=np.int64)
-        for layer in self.network.layers:
+        moving = {product.layer for product in self.products}
+        for index, layer in enumerate(self.network.layers):
+            if index in moving:
+                continue
             if layer.weight is None or not layer.macs:
                 total += layer.macs
             else:
                 # MACs of a layer are the positions it visits times the elements of its weight, at any width.
                 positions = layer.macs // math.prod(self.network.shapes[layer.weight])
                 total += positions * self._elements(layer.weight, rows)
+        columns = {group.name: index for index, group in enumerate(self.groups)}
+        for product in self.products:
+            macs = np.full(len(rows), product.rest, dtype=np.int64)
+            for size, terms in product.axes:
+                dropped = np.zeros(len(rows), dtype=np.int64)
+                for name, per_unit in terms:
+                    if name in columns:  # a frozen group keeps all its units
+                        dropped += per_unit * (self.groups[columns[name]].units - rows[:, columns[name]])
+                macs *= size - dropped
+            total += macs
         return total
 
     def parameters_array(self, array: ArrayLike) -> IntArray:
@@ -300,17 +291,26 @@ class WidthSpace:
         return math.prod(sizes, start=np.ones(len(rows), dtype=np.int64))
 
 
-def check_settings(quantum: int, minimum: int | float | None) -> None:
-    """Refuse a quantum or minimum that makes no sense, with one clear line."""
-    if isinstance(quantum, bool) or not isinstance(quantum, int) or quantum < 1:
-        raise InputError(f"quantum must be a whole number of channels of at least 1, got {quantum!r}")
-    if minimum is None:
-        return
-    if isinstance(minimum, float) and 0.0 < minimum <= 1.0:
-        return
-    if isinstance(minimum, int) and not isinstance(minimum, bool) and minimum >= 1:
-        return
-    raise InputError(f"minimum must be a number of units (1 or more) or a share in (0, 1], got {minimum!r}")
+def _products(
+    network: Network, products: Iterable[Product], group_of: Mapping[int, WidthGroup]
+) -> tuple[WidthProduct, ...]:
+    """Products of activations that some group narrows; one layer may be several (attention multiplies twice)."""
+    layer_of = {node: index for index, node in enumerate(network.nodes)}
+    touched = {product.node for product in products for axis in product.axes for root in axis if int(root) in group_of}
+    found = []
+    for product in products:
+        if product.node in layer_of and product.node in touched:
+            axes, rest = [], product.macs
+            for roots in product.axes:
+                counts: dict[str, int] = {}
+                for root in roots.tolist():
+                    if root in group_of:
+                        counts[group_of[root].name] = counts.get(group_of[root].name, 0) + 1
+                units = {group.name: group.units for group in group_of.values()}
+                axes.append((len(roots), tuple((name, count // units[name]) for name, count in counts.items())))
+                rest //= len(roots)
+            found.append(WidthProduct(layer_of[product.node], rest, tuple(axes)))
+    return tuple(found)
 
 
 def _main_reason(space: WidthSpace) -> str:
@@ -318,32 +318,3 @@ def _main_reason(space: WidthSpace) -> str:
     reasons = list(space.frozen_reasons.values()) or ["it has no channels"]
     telling = [reason for reason in reasons if "no rule" in reason or "Python code" in reason]
     return (telling or reasons[-1:])[0]
-
-
-def _group(
-    network: Network,
-    unit: Unit,
-    reads: Mapping[tuple[str, int], bool],
-    quantum: int,
-    minimum: int | float | None,
-) -> WidthGroup:
-    slots = tuple(
-        Slot(name, axis, positions, reads[name, axis])
-        for (name, axis), positions in zip(unit.slots, unit.positions, strict=True)
-    )
-    units = int(slots[0].positions.shape[0])
-    # The quantum is in channels: a unit of several channels (a grouped convolution's) counts for several.
-    per_unit = min((slot.elements_per_unit for slot in slots if not slot.reads), default=1)
-    step = max(1, quantum // math.gcd(quantum, per_unit))
-    lowest = step if minimum is None else math.ceil(minimum * units) if isinstance(minimum, float) else minimum
-    lowest = min(max(1, -(-lowest // step) * step), units)
-    widths = tuple(sorted({*range(lowest, units + 1, step), units}))
-    touched = {slot.parameter for slot in slots}
-    layers = dict.fromkeys(layer.name for layer in network.layers if _touches(layer, touched))
-    first = next((slot.parameter for slot in slots if not slot.reads), slots[0].parameter)
-    name = first.rpartition(".")[0] or first
-    return WidthGroup(name, units, step, lowest, slots, tuple(layers), widths, unit.neutral)
-
-
-def _touches(layer: Layer, parameters: set[str]) -> bool:
-    return layer.weight in parameters or any(name.rpartition(".")[0] == layer.name for name in parameters)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hwsearch.graph.capture import capture
 from hwsearch.graph.dependencies import extract
+from hwsearch.graph.growth import grow
 from hwsearch.graph.surgery import first_tensor, kill_units, randomise, shrink
 from hwsearch.graph.widths import WidthChoice, WidthSpace
 
@@ -20,7 +21,8 @@ def random_keep(space: WidthSpace, choice: WidthChoice, rng: np.random.Generator
 def check_exact(
     model: nn.Module, example: Tensor, *, seed: int = 0, rounds: int = 1, units: tuple[int, ...] = ()
 ) -> WidthSpace:
-    """Shrinking to random units equals killing the others, MACs and parameters agree, no parameter axis is forgotten.
+    """Shrinking to random units equals killing the others, growing changes nothing, MACs and parameters agree, no
+    parameter axis is forgotten.
 
     The space is made with ``verify=False``: the extraction itself is put to the test, not the net that freezes what
     fails.
@@ -45,7 +47,48 @@ def check_exact(
             assert [units for units in left if units > 1] == list(choice.widths)
         if all(group.neutral for group in space.groups):
             assert difference_to_dead(model, small, space, keep, example) < 1e-9
+    assert growth_difference(model, space, example, rng) < 1e-9
     return space
+
+
+def check_architecture(model: nn.Module, example: Tensor, *, seed: int = 0) -> WidthSpace:
+    """Everything that an architecture has to show; values are compared in float64 with random weights.
+
+    All groups at half width run and export with the MACs and parameters that the space says; random halves of the
+    neutral groups equal the full network with the others dead; grown groups compute the same (whole multiples where an
+    operation mixes over the channels); every parameter axis is in a group, frozen with a reason, or unused.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model, example = model.double().eval(), example.double()
+    randomise(model)
+    space = WidthSpace.from_model(model, example)
+    check_complete(space)
+    half = WidthChoice(tuple(max(1, group.units // 2) for group in space.groups))
+    network = capture(shrink(model, space, half), example)
+    assert network.output_shape == space.network.output_shape
+    assert network.macs == space.macs(half)
+    assert network.parameters == space.parameters(half)
+    pairs = zip(space.groups, half.widths, strict=True)
+    neutral = WidthChoice(tuple(width if group.neutral else group.units for group, width in pairs))
+    keep = random_keep(space, neutral, rng)
+    assert difference_to_dead(model, shrink(model, space, neutral, keep), space, keep, example) < 1e-9
+    assert growth_difference(model, space, example, rng) < 1e-9
+    return space
+
+
+def growth_difference(model: nn.Module, space: WidthSpace, example: Tensor, rng: np.random.Generator) -> float:
+    """Largest difference, relative to the output, between ``model`` and itself grown in every group."""
+    widths, source = {}, {}
+    for group in space.groups:
+        widths[group.name] = group.units + int(rng.integers(1, group.units + 2)) if group.neutral else 2 * group.units
+        if group.neutral:
+            source[group.name] = rng.integers(0, group.units, widths[group.name] - group.units)
+    wide = grow(model, space, widths, source=source, check=False)
+    with torch.no_grad():
+        wanted, got = first_tensor(model(example)), first_tensor(wide(example))
+    assert float(wanted.abs().max()) > 0
+    return float((wanted - got).abs().max() / wanted.abs().max())
 
 
 def difference_to_dead(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graph_zoo_attention
 import torch
 import torch.nn.functional as F
 from graph_zoo_blocks import ConvNeXtBlock, GatedInvertedResidual, ShuffleUnits
@@ -351,8 +352,8 @@ class PaddedShortcut(nn.Module):
         return self.d(self.c(self.b(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))))
 
 
-class UnknownOperation(nn.Module):
-    """Rolling the channels has no rule: they are frozen, their neighbours are not."""
+class Rolled(nn.Module):
+    """Channels rolled round have to stay: where one ends up depends on how many there are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -360,6 +361,17 @@ class UnknownOperation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.d(self.c(torch.roll(self.b(self.a(x)), 1, 1)))
+
+
+class UnknownOperation(nn.Module):
+    """A running maximum over the channels has no rule: they are frozen, their neighbours are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = Conv(3, 4, 1), Conv(4, 8, 1), Conv(8, 6, 1), Conv(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(torch.cummax(self.b(self.a(x)), 1)[0]))
 
 
 class UnusedLayer(nn.Module):
@@ -453,8 +465,10 @@ GROUPS: dict[type[nn.Module], tuple[int, ...]] = {
     GatedInvertedResidual: (6, 24, 4),
     ConvNeXtBlock: (6, 12),
     PaddedShortcut: (6,),
+    Rolled: (4, 6),
     UnknownOperation: (4, 6),
     UnusedLayer: (4,),
     OneChannel: (8,),
     TupleOutput: (6,),
+    **graph_zoo_attention.GROUPS,
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import graph_zoo as zoo
+import graph_zoo_attention as attention
 import pytest
 import torch
 from graph_checks import check_exact
@@ -13,7 +16,8 @@ from hwsearch.graph.capture import capture
 from hwsearch.graph.dependencies import extract
 from hwsearch.graph.ids import Ids
 from hwsearch.graph.rules import RULES
-from hwsearch.graph.widths import WidthSpace
+from hwsearch.graph.surgery import shrink
+from hwsearch.graph.widths import WidthChoice, WidthSpace
 from hwsearch.models import mobilenetv2_small, resnet_small, vgg_small
 from hwsearch.models.resnet import BasicBlock
 
@@ -28,7 +32,8 @@ def test_reference_network_shrinks_exactly(factory: type[nn.Module]) -> None:
     space = check_exact(factory(), torch.randn(1, 1, 28, 28), rounds=1)
     assert not space.unknown_operations
     assert all(group.neutral for group in space.groups)
-    assert {reason for reason in space.frozen_reasons.values()} == {"it is the network's output"}
+    (reason,) = set(space.frozen_reasons.values())
+    assert re.fullmatch(r"it is the network.s output, made at \S+ in \w+\.py:\d+", reason)
 
 
 def test_residual_stage_is_one_group() -> None:
@@ -67,7 +72,7 @@ def test_flattened_channel_is_one_unit_of_height_times_width_features() -> None:
 def test_unknown_operation_is_reported_with_its_line() -> None:
     found = extract(capture(zoo.UnknownOperation(), torch.randn(zoo.IMAGE)))
     (unknown,) = found.unknown
-    assert unknown.startswith("roll at graph_zoo.py:")
+    assert unknown.startswith("cummax at graph_zoo.py:")
     assert any(item.parameter == "b.weight" and unknown in item.reason for item in found.frozen)
 
 
@@ -104,6 +109,62 @@ def test_weight_normalisation_is_frozen_not_broken() -> None:
     space = WidthSpace.from_model(model, torch.zeros(zoo.IMAGE))
     assert [group.name for group in space.groups] == ["1"]
     assert any("_weight_norm" in operation for operation in space.unknown_operations)
+
+
+@pytest.mark.parametrize(
+    ("network", "free"),
+    [(attention.HardCodedHeads, ["patches", "up"]), (attention.LibraryAttention, ["up"])],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_sizes_of_heads_written_in_the_code_are_frozen_with_their_line(
+    network: type[nn.Module], free: list[str]
+) -> None:
+    space = WidthSpace.from_model(network(), torch.randn(zoo.IMAGE))
+    assert [group.name for group in space.groups] == free
+    assert any("Python code" in reason for reason in space.frozen_reasons.values())
+    reasons = [reason for reason in space.frozen_reasons.values() if "graph_zoo_attention.py:" in reason]
+    assert reasons
+
+
+def test_a_custom_operation_is_unknown_not_element_wise() -> None:
+    library = torch.library.Library("hwsearch_test", "FRAGMENT")
+    library.define("swap(Tensor x) -> Tensor")
+    library.impl("swap", lambda x: x.flip(1), "CompositeExplicitAutograd")
+    library.impl("swap", torch.empty_like, "Meta")
+
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(torch.ops.hwsearch_test.swap(self.a(x))))
+
+    space = check_exact(Custom(), torch.randn(zoo.IMAGE), units=(6,))
+    (unknown,) = space.unknown_operations
+    assert unknown.startswith("swap at test_dependencies.py:")
+
+
+def test_inference_tensors_are_extracted_all_the_same() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    space = WidthSpace.from_model(model, torch.zeros(zoo.IMAGE))
+    assert [group.units for group in space.groups] == [8]
+
+
+def test_a_deep_network_needs_no_recursion() -> None:
+    model = nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(120)))
+    found = extract(capture(model, torch.zeros(1, 2, 2, 2)))
+    assert len(found.units) == 119
+
+
+def test_weights_of_attention_are_in_the_closed_form_of_the_macs() -> None:
+    space = WidthSpace.from_model(attention.QkvIndexed(), torch.zeros(zoo.IMAGE))
+    layer = next(layer for layer in space.network.layers if layer.op == "scaled_dot_product_attention")
+    half = WidthChoice((6, 2))
+    others = sum(item.macs for item in space.network.layers) - layer.macs
+    assert space.macs(half) < others + layer.macs
+    assert capture(shrink(space.model, space, half), torch.zeros(zoo.IMAGE)).macs == space.macs(half)
 
 
 def test_frozen_parameters_are_extracted_all_the_same() -> None:

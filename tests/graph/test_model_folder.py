@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hwsearch.errors import InputError, SchemaError, UnsupportedModelError
+from hwsearch.graph.growth import grow
 from hwsearch.graph.model_folder import is_model_folder, load_model, read_description, save_model
 from hwsearch.graph.surgery import randomise, shrink
 from hwsearch.graph.widths import WidthSpace
@@ -67,6 +68,19 @@ def test_a_shrunk_model_comes_back_the_same(tmp_path: Path, folded: bool) -> Non
     assert description.output_shape == (1, 10)
     assert description.folded is folded
     assert description.widths["stem.0"] == space.uniform(0.5).widths[0]
+
+
+def test_a_grown_model_comes_back_the_same(tmp_path: Path) -> None:
+    model = mobilenetv2_small(width=0.5).eval()
+    randomise(model)
+    space = WidthSpace.from_model(model, torch.zeros(SHAPE), verify=False)
+    wide = grow(model, space, {group.name: group.units + 3 for group in space.groups})
+    factory = "hwsearch.models.mobilenetv2:mobilenetv2_small"
+    save_model(tmp_path, wide, factory=factory, factory_kwargs={"width": 0.5}, input_shape=SHAPE, grown=True)
+    assert torch.equal(outputs(load_model(tmp_path)), outputs(wide))
+    edit(tmp_path, grown=False)
+    with pytest.raises(SchemaError, match="does not fit in the full model's"):
+        load_model(tmp_path)
 
 
 def test_saving_is_deterministic_and_leaves_no_scratch(saved: Path) -> None:
