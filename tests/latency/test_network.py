@@ -193,3 +193,21 @@ def test_a_candidate_that_the_runtime_rejects_is_named(campaign: Any) -> None:
 
     with pytest.raises(DeviceJobError, match=r"widths \(3, 4\)"):
         Lowering(Broken(), campaign.session).kernels([WidthChoice((3, 4))])
+
+
+def test_a_budget_that_nine_runs_of_ten_keep(latency: NetworkLatency) -> None:
+    from hwsearch.latency.tail import P90Latency
+    from hwsearch.search.budget import Budget, Limit
+
+    choices = latency.space.choice_array([latency.space.full(), latency.space.uniform(0.5)])
+    ms, tail = latency.evaluate(choices), P90Latency(latency)
+    p90 = tail.evaluate(choices)
+    assert (p90 >= ms).all()
+    assert p90[0] == pytest.approx(latency.estimate(latency.space.full()).p90_ms, rel=1e-9)
+    low, high = tail.interval(choices)
+    assert (low <= p90).all()
+    assert (p90 <= high).all()
+    assert tail.corrected(2.0).evaluate(choices) == pytest.approx(latency.predictor.p90_ms(2 * ms))
+    limit = float(p90[0] + ms[0]) / 2
+    assert Budget([Limit(latency, limit, quantile=0.5)]).use(choices[:1])[0] < 1
+    assert Budget([Limit(tail, limit, quantile=0.5)]).use(choices[:1])[0] > 1
