@@ -33,6 +33,7 @@ _HOME_OF = {
     "Budget": "hwsearch.search.budget",
     "Limit": "hwsearch.search.budget",
     "CafeNet": "hwsearch.search.cafenet",
+    "ConetV2": "hwsearch.search.conetv2",
     "RepNAS": "hwsearch.search.repnas",
     "deploy": "hwsearch.deploy.bundle",
     "verify": "hwsearch.deploy.verify",

@@ -21,72 +21,41 @@ no default is written down twice. pydantic checks the file at this border; behin
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import tomllib
-import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from hwsearch.config_messages import explain
+from hwsearch.config_types import (
+    Below1,
+    Count,
+    Factory,
+    Ms,
+    Name,
+    NotNegative,
+    Percent,
+    Positive,
+    Quantile,
+    Shape,
+    Share,
+    Switch,
+    Text,
+    Threads,
+    Whole,
+)
 from hwsearch.errors import InputError
-from hwsearch.search.journal import short
 
 if TYPE_CHECKING:
     from hwsearch.search.cafenet import CafeNetConfig
+    from hwsearch.search.conetv2_config import ConetConfig
     from hwsearch.train.data import Examples
     from hwsearch.train.loop import TrainConfig
     from hwsearch.train.task import Task
-
-# The description of a type is what an error message tells the user to give.
-Count = Annotated[int, Field(strict=True, ge=1, description="a whole number of 1 or more")]
-Whole = Annotated[int, Field(strict=True, ge=0, description="a whole number of 0 or more")]
-Threads = Annotated[int, Field(strict=True, ge=1, le=256, description="a whole number from 1 to 256")]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a number above 0")]
-NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number of 0 or more")]
-Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")]
-Below1 = Annotated[
-    float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False, description="a number from 0 up to, not including, 1")
-]
-Switch = Annotated[bool, Field(strict=True, description="true or false")]
-Text = Annotated[str, Field(strict=True, min_length=1, description="text in quotes")]
-Name = Annotated[
-    str,
-    Field(
-        strict=True,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        description="up to 64 letters, digits, '.', '_' and '-', the first a letter or digit",
-    ),
-]
-Factory = Annotated[
-    str,
-    Field(
-        strict=True,
-        pattern=r"^(timm:[\w.]+|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)$",
-        description='package.module:factory or timm:name, such as "hwsearch.models.vgg:vgg_small"',
-    ),
-]
-Shape = Annotated[
-    str,
-    Field(
-        strict=True, pattern=r"^[1-9]\d{0,6}(x[1-9]\d{0,6})+$", description='sizes joined by x, such as "1x3x224x224"'
-    ),
-]
-Percent = Annotated[
-    str,
-    Field(
-        strict=True,
-        pattern=r"^\d{1,3}(\.\d+)?\s*%$",
-        description='a share of the full network\'s measured ms, such as "50%", or set budget_ms',
-    ),
-]
-Ms = Annotated[
-    float, Field(strict=True, gt=0, allow_inf_nan=False, description="a number of milliseconds above 0, such as 3.0")
-]
-Quantile = Annotated[float, Field(strict=True, ge=0.5, lt=1, description="a number from 0.5 up to, not including, 1")]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -161,6 +130,18 @@ class DataSettings:
         return load_task(self.folder or self.kind, limit_to=self.limit, seed=seed, **given)
 
 
+#: Settings of CafeNet itself, of its evolution and scoring, of CONetV2, and of either method.
+_CAFENET = (
+    "offset", "bin_units", "patterns", "full_steps", "distillation", "sharing", "complementary", "bins", "smallest_bin",
+    "largest_bin", "refinements", "finalists", "finalist_share", "floor",
+)  # fmt: skip
+_CAFENET_ONLY = (
+    *_CAFENET, "population", "generations", "candidates", "calibration_images", "score_images", "score_patterns",
+)  # fmt: skip
+_CONETV2_ONLY = ("accept", "trials", "momentum", "guard", "transfer", "adas", "stairs")
+_BOTH = ("measured", "rounds", "start")
+
+
 @dataclass(frozen=True)
 class SearchSettings:
     """``[search]``: the budget, the width space and how it is searched. See ``CafeNetConfig`` for most of them.
@@ -169,10 +150,12 @@ class SearchSettings:
     the step of widths in channels, ``minimum`` the narrowest width (channels, or a share of the full width).
     ``candidates`` caps the choices that are scored. With ``floor`` the objective is the other one: the fewest
     milliseconds, at most the budget, of a network that keeps this metric on held-out examples.
+
+    With ``method = "conetv2"`` see ``ConetConfig``; a setting that only the other method has is refused.
     """
 
     __pydantic_config__ = _STRICT
-    method: Literal["cafenet"] = "cafenet"
+    method: Literal["cafenet", "conetv2"] = "cafenet"
     budget: Percent | None = None
     budget_ms: Ms | None = None
     quantile: Quantile | None = None
@@ -200,9 +183,20 @@ class SearchSettings:
     measured: Count | None = None
     rounds: Count | None = None
     floor: Annotated[float, Field(strict=True, allow_inf_nan=False, description="a number, such as 0.9")] | None = None
-    start: Literal["scratch", "model", "supernet", "all"] | None = None
+    start: Literal["scratch", "model", "supernet", "all", "trial"] | None = None
+    accept: Literal["metropolis", "conetv2", "greedy"] | None = None
+    trials: Count | None = None
+    momentum: Below1 | None = None
+    guard: Switch | None = None
+    transfer: Literal["preserve", "svd"] | None = None
+    adas: Switch | None = None
+    stairs: Switch | None = None
 
     def __post_init__(self) -> None:
+        foreign = _CONETV2_ONLY if self.method == "cafenet" else _CAFENET_ONLY
+        for name in foreign:
+            if getattr(self, name) is not None:
+                raise InputError(f"search.{name} is no setting of the method {self.method}: leave it out")
         if (self.budget is None) == (self.budget_ms is None):
             raise InputError(
                 'search needs either budget, such as "50%", or budget_ms, such as 3.0: give one of the two'
@@ -224,7 +218,7 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """``[supernet]`` and ``[train]``: see ``TrainConfig``. ``steps`` and ``epochs`` exclude each other."""
+    """``[supernet]``, ``[trial]`` and ``[train]``: see ``TrainConfig``. ``steps`` and ``epochs`` exclude each other."""
 
     __pydantic_config__ = _STRICT
     epochs: Positive | None = None
@@ -244,8 +238,8 @@ class TrainSettings:
         if self.epochs is not None and self.steps is not None:
             raise InputError("a training has both epochs and steps: give one of the two")
 
-    def config(self, run: RunSettings, section: str = "train") -> TrainConfig:
-        """The training that these settings stand for; ``section`` is their name, for messages.
+    def config(self, run: RunSettings, section: str = "train", like: TrainConfig | None = None) -> TrainConfig:
+        """The training that these settings stand for; ``section`` is their name, for messages, ``like`` the defaults.
 
         Raises:
             InputError: values that do not go together.
@@ -253,7 +247,10 @@ class TrainSettings:
         from hwsearch.train.loop import TrainConfig
 
         try:
-            return TrainConfig(seed=run.seed, threads=run.threads, **_given(self))
+            given = _given(self)
+            if "epochs" in given:
+                given["steps"] = None  # which would override them
+            return dataclasses.replace(like or TrainConfig(), seed=run.seed, threads=run.threads, **given)
         except InputError as error:
             raise InputError(f"[{section}]: {error}") from error
 
@@ -288,6 +285,7 @@ class RunConfig:
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     data: DataSettings = field(default_factory=DataSettings)
     supernet: TrainSettings = field(default_factory=TrainSettings)
+    trial: TrainSettings = field(default_factory=TrainSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     deploy: DeploySettings = field(default_factory=DeploySettings)
 
@@ -318,7 +316,7 @@ class RunConfig:
         try:
             return TypeAdapter(cls).validate_python(dict(data))
         except ValidationError as error:
-            raise InputError(f"{source}: {_explain(cls, error)}") from error
+            raise InputError(f"{source}: {explain(cls, error)}") from error
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
 
@@ -329,7 +327,9 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but where files go and how often checkpoints are written."""
         plain = self.to_dict()
-        del plain["run"]["folder"], plain["deploy"], plain["supernet"]["checkpoint_s"], plain["train"]["checkpoint_s"]
+        del plain["run"]["folder"], plain["deploy"]
+        for section in ("supernet", "trial", "train"):
+            del plain[section]["checkpoint_s"]
         return plain
 
     @property
@@ -363,32 +363,26 @@ class RunConfig:
         search = self.search
         evolution = _given(search, "population", "generations", evaluations="candidates")
         scoring = _given(search, "calibration_images", images="score_images", patterns="score_patterns")
-        names = (
-            "offset",
-            "bin_units",
-            "patterns",
-            "full_steps",
-            "distillation",
-            "sharing",
-            "complementary",
-            "bins",
-            "smallest_bin",
-            "largest_bin",
-            "refinements",
-            "finalists",
-            "finalist_share",
-            "measured",
-            "rounds",
-            "floor",
-            "start",
-        )
         return CafeNetConfig(
             training=self.supernet.config(self.run, "supernet"),
             winner=self.training(),
             evolution=EvolutionSettings(**evolution),
             scoring=ScoringConfig(**scoring),
-            **_given(search, *names),
+            **_given(search, *_CAFENET, *_BOTH),
         )
+
+    def conetv2(self) -> ConetConfig:
+        """The search that ``[search]``, ``[trial]`` and ``[train]`` stand for.
+
+        Raises:
+            InputError: values that do not go together.
+        """
+        from hwsearch.search.conetv2_config import ConetConfig
+
+        make = ConetConfig.published if self.search.accept in ("conetv2", "greedy") else ConetConfig
+        training = self.trial.config(self.run, "trial", like=make().training)
+        given = _given(self.search, *_CONETV2_ONLY, *_BOTH)
+        return make(training=training, winner=self.training(), **given)
 
 
 def _given(settings: Any, *names: str, **renamed: str) -> dict[str, Any]:
@@ -397,75 +391,6 @@ def _given(settings: Any, *names: str, **renamed: str) -> dict[str, Any]:
         names = tuple(f.name for f in dataclasses.fields(settings))
     pairs = {**{name: name for name in names}, **renamed}
     return {new: value for new, old in pairs.items() if (value := getattr(settings, old)) is not None}
-
-
-def _explain(root: type, error: ValidationError) -> str:
-    """One line for everything that is wrong: the first field in full, the paths of the others."""
-    found: dict[str, dict[str, Any]] = {}
-    for item in error.errors(include_url=False):
-        path, _ = _field(root, item["loc"])
-        found.setdefault(_printable(".".join(path)), dict(item))
-    # An unknown key is often the reason why another one is missing: it goes first.
-    order = sorted(found, key=lambda path: found[path]["type"] != "unexpected_keyword_argument")
-    first = order[0]
-    more = f" (also wrong: {', '.join(order[1:])})" if len(order) > 1 else ""
-    return _sentence(root, first, found[first]) + more
-
-
-def _printable(text: str) -> str:
-    """A key as it stands in the file, on one line whatever it is made of."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-
-
-def _sentence(root: type, path: str, item: dict[str, Any]) -> str:
-    """What is wrong with one field and what to do."""
-    parts, annotation = _field(root, item["loc"])
-    if item["type"] == "unexpected_keyword_argument":
-        known = [f.name for f in dataclasses.fields(_section(root, parts[:-1]))]
-        close = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.6)
-        where = f"[{parts[0]}]" if len(parts) > 1 else "a config"
-        hint = f"did you mean {close[0]}?" if close else f"{where} has {', '.join(known)}"
-        return f"{path} is no setting: {hint}"
-    if item["type"] == "missing":
-        if dataclasses.is_dataclass(annotation):
-            return f"the section [{path}] is missing: add it"
-        return f"{path} is missing: give {_allowed(annotation) or 'a value'}"
-    if item["type"] in ("dataclass_type", "dict_type"):
-        return f"{path} is {short(item['input'])}: give a section [{path}]"
-    allowed = _allowed(annotation) or str(item["msg"]).removeprefix("Input should be ")
-    return f"{path} is {short(repr(item['input']))}: give {allowed}"
-
-
-def _field(root: type, location: tuple[Any, ...]) -> tuple[list[str], Any]:
-    """The path of a field as the file spells it, and its annotation; pydantic's own additions are left out."""
-    path: list[str] = []
-    annotation: Any = root
-    for part in location:
-        if not dataclasses.is_dataclass(annotation):
-            # Inside a union pydantic appends the member it tried; inside free-form values the file's own keys go on.
-            if annotation is not None and get_origin(annotation) is dict:
-                path.append(str(part))
-            continue
-        path.append(str(part))
-        annotation = get_type_hints(annotation, include_extras=True).get(str(part))
-    return path, annotation
-
-
-def _section(root: type, path: list[str]) -> Any:
-    """The dataclass of a section."""
-    return _field(root, tuple(path))[1]
-
-
-def _allowed(annotation: Any) -> str:
-    """What a field may be, in words."""
-    for argument in getattr(annotation, "__metadata__", ()):
-        if getattr(argument, "description", None):
-            return str(argument.description)
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(repr(value) for value in get_args(annotation))
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next(filter(None, (_allowed(member) for member in get_args(annotation))), "")
-    return ""
 
 
 def search_config(

@@ -16,6 +16,7 @@ from hwsearch.preparation import Prepared, prepare
 if TYPE_CHECKING:
     from hwsearch.deploy.verdict import Verdict
     from hwsearch.search.result import SearchResult
+    from hwsearch.search.searcher import Searcher
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,11 @@ def _explain(ready: Prepared, result: SearchResult) -> None:
 def search(ready: Prepared) -> SearchResult:
     """The search itself; its result and the found network are in the run folder when it returns."""
     from hwsearch.graph.model_folder import save_model
-    from hwsearch.search.cafenet import CafeNet
 
     config = ready.config
     ready.console.step(f"Searching with {config.search.method} under {ready.budget.limits[0].max_ms:.4g} ms")
     task, _ = config.data.load(config.run.seed)
-    searcher = CafeNet(
-        ready.space,
-        ready.budget,
-        config.cafenet(),
-        model=ready.module,
-        seed=config.run.seed,
-        folder=ready.run,
-        say=ready.console.say,
-    )
+    searcher = _searcher(ready)
     with _stages(ready.console) as progress:
         result = searcher.search(task, None, progress=progress)
     assert result.model is not None
@@ -99,6 +91,28 @@ def search(ready: Prepared) -> SearchResult:
         widths=dict(zip(result.groups, result.choice.widths, strict=True)),
     )
     return result
+
+
+def _searcher(ready: Prepared) -> Searcher:
+    """The search method that the config names."""
+    config = ready.config
+    if config.search.method == "conetv2":
+        from hwsearch.search.conetv2 import ConetV2
+
+        return ConetV2(
+            ready.space, ready.budget, config.conetv2(), model=ready.module, seed=config.run.seed, folder=ready.run
+        )
+    from hwsearch.search.cafenet import CafeNet
+
+    return CafeNet(
+        ready.space,
+        ready.budget,
+        config.cafenet(),
+        model=ready.module,
+        seed=config.run.seed,
+        folder=ready.run,
+        say=ready.console.say,
+    )
 
 
 @contextmanager

@@ -117,6 +117,20 @@ def test_what_is_left_out_takes_the_default_of_its_part() -> None:
     assert RunConfig.from_dict({**SMALLEST, **{"search": {"budget": "12.5 %"}}}).search.max_ms(8.0) == 1.0
 
 
+def test_the_other_method_has_its_own_settings() -> None:
+    from hwsearch.search.conetv2_config import ConetConfig
+
+    search = {"method": "conetv2", "budget": "50%"}
+    ours = RunConfig.from_dict({**SMALLEST, "search": {**search, "trials": 4}, "trial": {"steps": 7}}).conetv2()
+    assert (ours.accept, ours.trials, ours.training.steps) == ("metropolis", 4, 7)
+    paper = RunConfig.from_dict({**SMALLEST, "search": {**search, "accept": "conetv2"}, "train": {"epochs": 3}})
+    assert paper.conetv2() == ConetConfig.published(winner=paper.training())
+    config = RunConfig.from_dict({**SMALLEST, "search": search, "trial": {"epochs": 0.5, "checkpoint_s": 9}})
+    assert config.conetv2().training.epochs == 0.5
+    quick = dataclasses.replace(config, trial=dataclasses.replace(config.trial, checkpoint_s=1.0))
+    assert quick.identity() == config.identity()
+
+
 def test_a_config_is_plain_values_and_back() -> None:
     config = RunConfig.from_dict(SMALLEST)
     assert RunConfig.from_dict(config.to_dict()) == config
@@ -153,6 +167,8 @@ def test_a_config_is_plain_values_and_back() -> None:
         ("search.bins", "flops", "search.bins is 'flops': give one of 'ms', 'macs', 'none'"),
         ("search.floor", "high", "search.floor is 'high': give a number, such as 0.9"),
         ("search.start", "none", "search.start is 'none': give one of 'scratch', 'model', 'supernet', 'all'"),
+        ("search.trials", 3, "search.trials is no setting of the method cafenet"),
+        ("search", {"budget": "50%", "method": "conetv2", "bins": "ms"}, "search.bins is no setting of the method"),
         ("model", KeyError, "the section [model] is missing: add it"),
         ("model", 3, "model is 3: give a section [model]"),
         ("model.factory", KeyError, "model.factory is missing: give package.module:factory"),

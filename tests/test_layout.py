@@ -22,6 +22,8 @@ ORDER = [
     "search",
     "deploy",
     "report",
+    "config_types",
+    "config_messages",
     "config",
     "console",
     "model_argument",

@@ -75,9 +75,9 @@ def make_home(folder: Path) -> Path:
     return folder
 
 
-def start(home: Path) -> subprocess.Popen[str]:
+def start(home: Path, config: str = "chain.toml") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "hwsearch.cli", "run", "chain.toml", "--json"],
+        [sys.executable, "-m", "hwsearch.cli", "run", config, "--json"],
         cwd=home,
         env={**os.environ, "HWSEARCH_HOME": str(home)},
         stdout=subprocess.PIPE,
@@ -155,3 +155,22 @@ def test_a_run_folder_of_other_settings_is_refused(unbroken: Path) -> None:
     assert process.returncode == 2
     assert "candidates" in errors.splitlines()[-1]
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_another_method_on_the_same_device_finds_the_table_fitted(unbroken: Path) -> None:
+    text = CONFIG.replace('name = "chain"', 'name = "conet"')
+    before, rest = text.split("candidates = 12", 1)
+    after = rest[rest.index("[train]") :]
+    trial = 'method = "conetv2"\ntrials = 2\n[trial]\nsteps = 4\ncheckpoint_s = 0.2\n'
+    (unbroken / "conet.toml").write_text(before + trial + after)
+    predictor = unbroken / "latency_tables/simulated/predictor/manifest.json"
+    fitted = predictor.stat().st_mtime_ns
+    process = start(unbroken, "conet.toml")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    outcome = json.loads(output)
+    assert outcome["verdict"]["status"] == "pass"
+    assert [row["name"] for row in outcome["rows"]] == ["full", "uniform", "found"]
+    assert (unbroken / "runs/conet/state/quality.jsonl").is_file()
+    assert predictor.stat().st_mtime_ns == fitted, "the table has not changed since"
