@@ -128,12 +128,12 @@ class Ready:
 
     def training(self, seed: int) -> TrainConfig:
         """How one network is trained alone."""
-        return TrainConfig(epochs=self.setting.epochs, batch_size=self.setting.batch, seed=seed, checkpoint_s=600)
+        return TrainConfig(epochs=self.setting.epochs, batch_size=self.setting.batch, seed=seed, checkpoint_s=15)
 
     def supernet(self, seed: int, **changes: object) -> CafeNetConfig:
         """How a super-network is trained and judged."""
         training = TrainConfig(
-            steps=self.setting.supernet_steps, batch_size=self.setting.batch, seed=seed, checkpoint_s=600
+            steps=self.setting.supernet_steps, batch_size=self.setting.batch, seed=seed, checkpoint_s=15
         )
         return CafeNetConfig(training=training, scoring=ScoringConfig(images=None), **changes)  # type: ignore[arg-type]
 
