@@ -9,8 +9,8 @@
 
 **claim** trains a fixed list of random widths from scratch, all by the same recipe and from the same seed, and writes
 the layer quality of each trained network (read off its weights) beside its accuracy on the 10,000 test images.
-**search** searches widths under a limit of *predicted* milliseconds, trains what was found and the widest uniform
-scaling inside the same limit by the same recipe from the same seed, and tests both.
+**search** searches widths under the *predicted* milliseconds of a uniform scaling, trains what was found and that
+scaling by the same recipe from the same seed, and tests both.
 
 Every finished training is a row of a CSV file in ``--output``; a killed command goes on where it was. Trainings and the
 data are small on purpose (see ``plan``): compare rows, not with published accuracies.
@@ -55,7 +55,7 @@ TRAIN_IMAGES, VALID_IMAGES = 20_000, 2_000
 EPOCHS, BATCH = 2, 128
 WIDTHS = 20  # of each part of the claim
 SEEDS = 6
-SHARE = 0.5  # of the full network's predicted milliseconds: the budget of the search
+SHARE = 0.5  # of the full network's predicted milliseconds: the widest uniform scaling below it is the budget
 TRIALS, TRIAL_EPOCHS = 6, 0.5
 EQUAL_SHARE, EQUAL_FLOOR = 0.35, 0.97  # of the full network's MACs; the narrowest of the equal ones, as a share of that
 INPUT = (1, 1, 28, 28)
@@ -165,7 +165,10 @@ def run_search(network: str, device_name: str, methods: Sequence[str], output: P
     latency = latency_on(device_name, space, console)
     task, test = data()
     full_ms = float(latency.evaluate(space.choice_array([space.full()]))[0])
-    budget = Budget([Limit(latency, SHARE * full_ms, 0.5, device_name)])
+    # The milliseconds of a uniform scaling, so that both sides have the same: its steps are coarser than a search's.
+    scaled = uniform(space, Budget([Limit(latency, SHARE * full_ms, 0.5, device_name)])).candidate
+    budget_ms = scaled.predicted_ms * (1 + 1e-9)
+    budget = Budget([Limit(latency, budget_ms, 0.5, device_name)])
     done = {(row["network"], row["device"], row["seed"], row["method"]) for row in rows_of(path)}
     for seed in range(SEEDS):
         for method in methods:
@@ -173,7 +176,7 @@ def run_search(network: str, device_name: str, methods: Sequence[str], output: P
                 continue
             folder = output / "runs" / f"{network}-{device_name}-{method}-{seed}"
             if method == "uniform":
-                choice = uniform(space, budget).candidate.choice
+                choice = scaled.choice
                 small, _ = train_choice(model, space, choice, task, recipe(seed), folder=folder)
             else:
                 search = ConetV2(space, budget, search_config(method, seed), model=model, seed=seed, folder=folder)
@@ -183,7 +186,7 @@ def run_search(network: str, device_name: str, methods: Sequence[str], output: P
             tested = evaluate(small, task, test, recipe(seed))
             ms = float(latency.evaluate(space.choice_array([choice]))[0])
             append(path, SEARCH_HEADER, (
-                network, device_name, f"{SHARE * full_ms:.6g}", seed, method, " ".join(map(str, choice.widths)),
+                network, device_name, f"{budget_ms:.6g}", seed, method, " ".join(map(str, choice.widths)),
                 f"{ms:.6g}", space.macs(choice), space.parameters(choice), tested.metric, round(tested.loss, 6),
             ))  # fmt: skip
             console.say(f"{network} seed {seed} {method}: {ms:.4g} ms predicted, accuracy {tested.metric:.4f}")

@@ -212,4 +212,4 @@ def _pillow() -> Any:
     try:
         return importlib.import_module("PIL.Image")
     except ModuleNotFoundError as error:
-        raise InputError("images in files need Pillow; install it with: pip install "hwsearch[images]"") from error
+        raise InputError("images in files need Pillow; install it with: pip install 'hwsearch[images]'") from error
