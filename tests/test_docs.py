@@ -84,22 +84,23 @@ def test_the_quickstart_runs(home: Path) -> None:
 def test_the_python_of_the_readme_runs(home: Path) -> None:
     """As written, on a small network, the simulated device and a short campaign."""
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    cheaper = ((r"minutes=[\d.]+", "minutes=0.1"), (r"max_ms=[\d.]+", "max_ms=budget_ms"), CHEAPER[1])
+    cheaper = ((r"minutes=[\d.]+", "minutes=0.2"), (r"max_ms=[\d.]+", "max_ms=budget_ms"), CHEAPER[1])
     for pattern, replacement in cheaper:
         block = re.sub(pattern, replacement, block)
     before = """
 import torch
 import hwsearch.search.cafenet as cafenet
 from hwsearch.models.vgg import vgg_small
+from hwsearch.search.scoring import ScoringConfig
 from hwsearch.train.data import split, synthetic_images
 from hwsearch.train.loop import TrainConfig
 
 torch.set_num_threads(1)
-model, example_input, budget_ms = vgg_small(width=0.25), torch.zeros(1, 1, 16, 16), 0.05
+model, example_input, budget_ms = vgg_small(width=0.5), torch.zeros(1, 1, 28, 28), 0.35
 train, valid = split(synthetic_images(400, seed=1), 100, seed=0)
 few = TrainConfig(steps=5)
 # The example uses the defaults; the test cannot afford them.
-small = cafenet.CafeNetConfig(training=few, winner=few, scoring=cafenet.ScoringConfig(images=50, calibration_images=50))
+small = cafenet.CafeNetConfig(training=few, winner=few, scoring=ScoringConfig(images=50, calibration_images=50))
 cafenet.CafeNetConfig = lambda: small
 """
     after = "assert verdict.status in ('pass', 'conditional', 'fail'), verdict\nprint(verdict.status)\n"

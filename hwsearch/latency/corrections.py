@@ -79,7 +79,9 @@ class Correction:
         if not self.slope:
             return np.zeros(len(kernels))
         x = features[:, _LINEAR].astype(np.float64) - np.array(self.centre)
-        return np.asarray(np.clip(self.start + x @ np.array(self.slope), -_LIMIT, _LIMIT))
+        # Row by row: a matrix product's last bits depend on what else is asked about at the same time.
+        line = self.start + (x * np.array(self.slope)).sum(axis=1)
+        return np.asarray(np.clip(line, -_LIMIT, _LIMIT))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
