@@ -8,11 +8,6 @@ from pathlib import Path
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files beside this one run whole chains: they begin first, so that none is left alone at the end."""
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
-
-
 @pytest.fixture(autouse=True)
 def _honour_the_timing_lock(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test marked ``serial`` or ``real`` may time something and takes the exclusive side itself."""

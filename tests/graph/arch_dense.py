@@ -260,12 +260,12 @@ def super_resolution() -> nn.Module:
 class _Generator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.code = Seq(nn.Flatten(), nn.Linear(3 * 32 * 32, 12), nn.ReLU(), nn.Linear(12, 8 * 16), nn.ReLU())
+        self.encode = Seq(nn.Flatten(), nn.Linear(3 * 32 * 32, 12), nn.ReLU(), nn.Linear(12, 8 * 16), nn.ReLU())
         self.decode = Seq(nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.BatchNorm2d(6), nn.ReLU(),
                           nn.ConvTranspose2d(6, 3, 4, 2, 1))  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.decode(self.code(x).view(x.shape[0], -1, 4, 4)))
+        return torch.tanh(self.decode(self.encode(x).view(x.shape[0], -1, 4, 4)))
 
 
 def autoencoder() -> nn.Module:
