@@ -54,8 +54,6 @@ def transfer(
 ) -> LatencyPredictor:
     """A predictor of the new device, which can be saved, loaded and searched with like any other.
 
-    Where the timed networks alone predict each other better than with the sources' help, the sources are left out.
-
     Args:
         sources: predictors of other devices (a table is fitted first).
         table: what was timed on the new device, ``FEWEST`` networks or more.
@@ -79,8 +77,6 @@ def transfer(
     pricing = _Pricing.of(known, table, untimed)
     fold = random_folds(len(table.networks), predictor.folds, predictor.seed)
     checked = _out_of_fold(pricing, predictor.cross_validation_, fold, settings, progress)
-    if np.abs(predictor.cross_validation_.log_error).mean() <= np.abs(checked.log_error).mean():
-        return predictor  # the new device's own networks are enough, and tell more than the others do
     if progress is not None:
         progress(predictor.folds, predictor.folds + 1, "fitting on all timed and priced networks")
     predictor.model_ = pricing.model(np.ones(len(table.networks), dtype=bool), settings)
