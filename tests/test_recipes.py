@@ -65,4 +65,3 @@ def test_a_recipe_runs_on_a_folder_of_the_same_layout(recipe: Path, tmp_path: Pa
     assert 0 < result["mmacs"] <= mmacs
     assert 0 <= result["test"] <= 1
     assert "widths by macs" in done.stderr
-

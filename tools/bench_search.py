@@ -29,6 +29,7 @@ import csv
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -61,6 +62,7 @@ from hwsearch.train.data import Batch, Examples, Shuffle, TensorExamples, limit,
 from hwsearch.train.fashion_mnist import MEAN, STD, load_fashion_mnist
 from hwsearch.train.loop import TrainConfig, evaluate, settings, train, training_batch
 from hwsearch.train.seeds import generator
+from hwsearch.train.strides import strided_inputs
 from hwsearch.train.task import Classification
 
 HEADER = ("part", "setting", "method", "share", "seed", "widths", "accuracy", "nll", "predicted_ms", "gmacs", "note")
@@ -289,9 +291,7 @@ def shortly(
     rows.add(key, nll=judged.loss)
 
 
-def alone(
-    ready: Ready, rows: Rows, key: Sequence[object], choice: WidthChoice, seed: int, extra: float = 0.0
-) -> None:
+def alone(ready: Ready, rows: Rows, key: Sequence[object], choice: WidthChoice, seed: int, extra: float = 0.0) -> None:
     """Train one network from scratch and test it; ``extra`` is what finding its widths cost."""
     task, test = ready.task(seed)
     training = ready.training(seed)
@@ -318,9 +318,7 @@ def scored(ready: Ready, rows: Rows, method: str, seed: int) -> tuple[SuperNet, 
     )
 
 
-def score(
-    ready: Ready, rows: Rows, method: str, seed: int, layers: list[tuple[float, Widths]]
-) -> None:
+def score(ready: Ready, rows: Rows, method: str, seed: int, layers: list[tuple[float, Widths]]) -> None:
     """Train one super-network and score all strata; the lines are written together at its end."""
     keys = [
         ("ranking", ready.name, method, share, seed, text(row)) for share, choices in layers for row in choices.tolist()
@@ -368,9 +366,7 @@ class Seed:
         task, _ = self.ready.task(self.seed)
         training = self.ready.training(self.seed)
         space = self.ready.space
-        network, _ = train_choice(
-            self.ready.model, space, space.full(), task, training, folder=self.path("full")
-        )
+        network, _ = train_choice(self.ready.model, space, space.full(), task, training, folder=self.path("full"))
         return network, training_cost(self.ready, training, len(task.train), space.macs(space.full()))
 
     def supernet(self, space: WidthSpace, name: str) -> tuple[SuperNet, float]:
@@ -721,21 +717,25 @@ def step_cost(ready: Ready) -> None:
         "m = 1": {"patterns": 1}, "m = 2": {"patterns": 2}, "m = 4": {"patterns": 4},
         "m = 2, distilled": {"patterns": 2, "distillation": 0.5},
     }  # fmt: skip
-    nets = {name: SuperNet(ready.model, ready.space).train() for name in kinds}
+    nets = {name: SuperNet(ready.model, ready.space).to(memory_format=torch.channels_last).train() for name in kinds}
     steps = {
         name: min_min_step(nets[name], task, ready.supernet(0, full_steps=False, **changes))
         for name, changes in kinds.items()
     }
-    with settings(training):
+    with settings(training), ExitStack() as guards:
+        for net in nets.values():
+            guards.enter_context(strided_inputs(net))
         for number in range(STEPS + 3):
             batch = training_batch(number, task.train, shuffle, training)
             choice = ready.space.sample(generator(0, "pattern", number))
-            small = shrink(ready.model, ready.space, choice, check=False).train()
+            small = shrink(ready.model, ready.space, choice, check=False).to(memory_format=torch.channels_last).train()
+            guards.enter_context(strided_inputs(small))
 
             def plain(_: int, batch: Batch, small: nn.Module = small) -> None:
                 task.loss(small(batch[0]), batch).backward()
 
             for name, step in {"plain": plain, **steps}.items():
+                step(number, batch)  # whoever is first at these widths pays for oneDNN's set-up of them
                 started = time.process_time()
                 step(number, batch)
                 if number >= 3:  # the first ones warm up

@@ -176,5 +176,3 @@ def _random_copy(model: nn.Module, *, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         randomise(probe)
     return probe
-
-

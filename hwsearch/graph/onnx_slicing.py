@@ -241,5 +241,3 @@ def add_initializer(proto: Any, name: str, array: np.ndarray) -> None:
     tensor.dims.extend(array.shape)
     tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
     tensor.raw_data = array.tobytes()
-
-

@@ -159,6 +159,6 @@ def _repeat_heads(item: Value, heads: int) -> Value:
     """Key heads repeated for grouped queries: head ``h`` of the queries meets head ``h // repeats`` of the keys."""
     axis = len(item.shape) - 3
     repeats = heads // item.shape[axis]
-    shape = (*item.shape[:axis], heads, *item.shape[axis + 1:])
+    shape = (*item.shape[:axis], heads, *item.shape[axis + 1 :])
     factors = [f if f.shape[axis] == 1 else np.repeat(f, repeats, axis) for f in item.factors]
     return Value(shape, tuple(factors))

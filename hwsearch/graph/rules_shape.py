@@ -21,12 +21,12 @@ def _cat(node: Any, environment: dict[Any, Any], context: Context) -> Value:
 
 def concatenate(values: list[Value], dim: int, shape: tuple[int, ...], ids: Ids, where: str) -> Value:
     """Ids lie end to end along ``dim``; along the other axes the parts are joined element by element."""
-    rest = (*shape[:dim], 1, *shape[dim + 1:])
+    rest = (*shape[:dim], 1, *shape[dim + 1 :])
     # Joining the other axes sees each part as if its `dim` were already reduced away.
     flattened = []
     for value in values:
         others = tuple(factor for factor in value.factors if factor.shape[dim] == 1)
-        flattened.append(Value((*value.shape[:dim], 1, *value.shape[dim + 1:]), others))
+        flattened.append(Value((*value.shape[:dim], 1, *value.shape[dim + 1 :]), others))
     joined = join_values(flattened, rest, ids, f"concatenated with a fixed tensor at {where}")
     parts = [axis_ids(value, dim, ids) for value in values]
     if all(part is None for part in parts):
@@ -45,7 +45,7 @@ def _stack(node: Any, environment: dict[Any, Any], context: Context) -> Value:
     arguments, shape = argument_values(node, environment), node_shape(node) or ()
     dim = arguments.get("dim", 0) % len(shape)
     values = [_insert_axis(value, dim) for value in arguments["tensors"] if isinstance(value, Value)]
-    rest = (*shape[:dim], 1, *shape[dim + 1:])
+    rest = (*shape[:dim], 1, *shape[dim + 1 :])
     joined = join_values(values, rest, context.ids, f"stacked with a fixed tensor at {source_line(node)}")
     return Value(shape, joined.factors)
 
@@ -85,7 +85,7 @@ def _tie_parts(x: Value, dim: int, sizes: list[int], ids: Ids, reason: str) -> N
 def _cut(x: Value, dim: int, where: slice) -> Value:
     """A slice of a value along one axis."""
     size = len(range(*where.indices(x.shape[dim])))
-    shape = (*x.shape[:dim], size, *x.shape[dim + 1:])
+    shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
     index = tuple(where if axis == dim else slice(None) for axis in range(len(x.shape)))
     return Value(shape, tuple(factor[index] if factor.shape[dim] > 1 else factor for factor in x.factors))
 

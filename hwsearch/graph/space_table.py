@@ -42,7 +42,7 @@ def group_costs(space: WidthSpace, evaluate: Evaluate) -> tuple[GroupCost, ...]:
 
     full = space.full().widths
     choices = [
-        WidthChoice((*full[:index], width, *full[index + 1:]))
+        WidthChoice((*full[:index], width, *full[index + 1 :]))
         for index, group in enumerate(space.groups)
         for width in (group.widths[0], group.widths[len(group.widths) // 2], group.units)
     ]

@@ -155,8 +155,7 @@ class WidthSpace:
         if not 0.0 < ratio <= 1.0:
             raise InputError(f"a width ratio must be in (0, 1], got {ratio!r}")
         picked = (
-            min(group.widths, key=lambda width: (abs(width - ratio * group.units), -width))
-            for group in self.groups
+            min(group.widths, key=lambda width: (abs(width - ratio * group.units), -width)) for group in self.groups
         )
         return WidthChoice(tuple(picked))
 

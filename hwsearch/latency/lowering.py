@@ -87,9 +87,7 @@ class Lowering:
         """
         return self._ask(choices, lambda choice: with_distinct_biases(self.template.slice(choice)))
 
-    def _ask(
-        self, choices: Sequence[WidthChoice], network: Callable[[WidthChoice], bytes]
-    ) -> list[tuple[Kernel, ...]]:
+    def _ask(self, choices: Sequence[WidthChoice], network: Callable[[WidthChoice], bytes]) -> list[tuple[Kernel, ...]]:
         found: list[tuple[Kernel, ...]] = []
         for start in range(0, len(choices), BATCH):
             part = choices[start : start + BATCH]

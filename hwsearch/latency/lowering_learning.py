@@ -309,4 +309,3 @@ def slot_order(networks: Sequence[dict[SlotName, Kernel]]) -> list[SlotName]:
         order.append(names[at])
         left[at] = False
     return order
-

@@ -82,9 +82,7 @@ class _Writer:
 
     def fits(self, macs: float, parameters: float) -> bool:
         """Whether a layer may be added: networks stay near their budget, within some ten milliseconds."""
-        return self.macs + macs <= 1.25 * self.budget + 1e5 and (
-            self.parameters + parameters <= self.scale.parameters
-        )
+        return self.macs + macs <= 1.25 * self.budget + 1e5 and (self.parameters + parameters <= self.scale.parameters)
 
     def node(self, op: str, inputs: list[str], **attributes: object) -> str:
         from onnx import helper

@@ -62,9 +62,7 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg_small(
-    in_channels: int = 1, classes: int = 10, width: float = 1.0, widths: Sequence[int] | None = None
-) -> VGG:
+def vgg_small(in_channels: int = 1, classes: int = 10, width: float = 1.0, widths: Sequence[int] | None = None) -> VGG:
     """Six convolutions in three stages for small images (about 29 MMACs at 1x28x28).
 
     Args:

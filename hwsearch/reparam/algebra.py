@@ -51,9 +51,7 @@ class ConvShape:
             bottom, right = top, left
         kernel, stride, dilation = (_pair(value) for value in (conv.kernel_size, conv.stride, conv.dilation))
         pads = ((int(top), int(bottom)), (int(left), int(right)))
-        return cls(
-            conv.in_channels, conv.out_channels, kernel, stride, dilation, pads, conv.groups, conv.padding_mode
-        )
+        return cls(conv.in_channels, conv.out_channels, kernel, stride, dilation, pads, conv.groups, conv.padding_mode)
 
     @property
     def depthwise(self) -> bool:

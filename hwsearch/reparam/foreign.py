@@ -118,9 +118,7 @@ def record_calls(model: nn.Module, names: tuple[str, ...], example_input: Tensor
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names
-    ]
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names]
     try:
         with torch.no_grad():
             model(example_input)

@@ -123,7 +123,11 @@ class Scorer:
         parts = hashlib.sha256(
             repr(
                 (
-                    self.config, self._offset, self._bins, self._bilateral, self._examples.identity,
+                    self.config,
+                    self._offset,
+                    self._bins,
+                    self._bilateral,
+                    self._examples.identity,
                     self._calibration_examples.identity,
                 )
             ).encode()

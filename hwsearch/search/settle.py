@@ -195,9 +195,7 @@ class _Readings:
     def _timed(self, choice: WidthChoice) -> list[float]:
         """Milliseconds as the device gives them."""
         raw = (
-            self._measure(choice)
-            if self._measure
-            else [limit.measure(choice) for limit in self._budget.limits]  # type: ignore[misc]
+            self._measure(choice) if self._measure else [limit.measure(choice) for limit in self._budget.limits]  # type: ignore[misc]
         )
         return [raw] if isinstance(raw, (int, float, np.floating)) else list(raw)
 

@@ -73,9 +73,11 @@ def train_supernet(
 def min_min_step(net: SuperNet, task: Task, config: CafeNetConfig) -> Step:
     """The training step: a function of (step number, batch) that leaves gradients and returns the loss.
 
-    1. draw widths uniformly; 2. draw m patterns; 3. loss of each without gradient, on the same batch in the same
-    batch-norm mode; 4. forward and backward of the best only. Even steps train the full network where ``full_steps``.
-    Bilateral sharing goes forward and backward twice, from the left and from the right, with half the loss each.
+    1. draw widths uniformly; 2. draw m patterns; 3. loss of each on the same batch in the same batch-norm mode;
+    4. backward of the best only, through the forward pass that judged it (the paper's code runs that one twice: m + 3
+    passes where these are m + 2; at most two patterns' activations are held). Even steps train the full network where
+    ``full_steps``. Bilateral sharing goes forward and backward twice, from the left and from the right, with half the
+    loss each.
     """
     bins, seed = bins_of(net.space, config.bin_units), config.training.seed
     bilateral = config.sharing == "bilateral"
@@ -87,29 +89,33 @@ def min_min_step(net: SuperNet, task: Task, config: CafeNetConfig) -> Step:
         same_noise = torch_seed(seed, "torch", number)  # dropout must not decide which pattern is best
         teacher = _output(net, None, batch, same_noise) if config.distillation else None
 
-        def trained(pattern: Pattern, share: float) -> Tensor:
+        def forward(pattern: Pattern) -> tuple[Tensor, Tensor]:
             net.activate(pattern)
             torch.manual_seed(same_noise)
             output = net(batch[0])
-            loss = task.loss(output, batch)
+            return output, task.loss(output, batch)
+
+        def trained(output: Tensor, loss: Tensor, share: float) -> Tensor:
             if teacher is not None:
                 loss = (1 - config.distillation) * loss + config.distillation * task.imitate(output, teacher)
             return _backward(share * loss)
 
         if bilateral:
             choice = bilateral_choice(net.space, config, number)
-            return trained(leftmost(choice), 0.5) + trained(rightmost(net.space, choice), 0.5)
+            left = trained(*forward(leftmost(choice)), 0.5)
+            return left + trained(*forward(rightmost(net.space, choice)), 0.5)
         rng = generator(seed, "pattern", number)
         choice = net.space.sample(rng)
         patterns = [draw(net.space, choice, config.offset, bins, rng) for _ in range(config.patterns)]
-        best = patterns[0]
+        best, least = forward(patterns[0]), np.inf
         if config.patterns > 1 and config.offset > 0:
-            losses = [
-                processes.mean(float(task.loss(_output(net, pattern, batch, same_noise), batch)))
-                for pattern in patterns
-            ]
-            best = patterns[int(np.argmin(losses))]
-        loss = trained(best, 1.0)
+            least = processes.mean(best[1].item())
+            for pattern in patterns[1:]:
+                other = forward(pattern)
+                if (lost := processes.mean(other[1].item())) < least:
+                    best, least = other, lost
+                del other
+        loss = trained(*best, 1.0)
         net.record(choice, processes.mean(float(loss)))
         return loss
 

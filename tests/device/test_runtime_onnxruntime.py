@@ -33,7 +33,13 @@ pytestmark = [pytest.mark.real, pytest.mark.serial]
 DEVICE = Device("x86-ort-1t", "onnxruntime")
 #: As short as it goes, and patient: these tests are about the path, on machines of any noise.
 SHORT = StopwatchSettings(
-    warmup_seconds=0.01, reading_ms=0.5, rounds_min=3, rounds_max=3, good_min=1, near_limit=50.0, canary_limit=50.0,
+    warmup_seconds=0.01,
+    reading_ms=0.5,
+    rounds_min=3,
+    rounds_max=3,
+    good_min=1,
+    near_limit=50.0,
+    canary_limit=50.0,
     profile_runs=8,
 )
 

@@ -99,6 +99,7 @@ def densenet() -> nn.Module:
 
 def googlenet() -> nn.Module:
     """Inception modules of 2014: four branches, one of them pooled first (Szegedy et al. 2015)."""
+
     def module(i: int) -> nn.Module:
         return Branches(cba(i, 4, 1), Seq(cba(i, 4, 1), cba(4, 6)), Seq(cba(i, 3, 1), cba(3, 4, 5)),
                         Seq(nn.MaxPool2d(3, 1, 1), cba(i, 3, 1)))  # fmt: skip
@@ -108,6 +109,7 @@ def googlenet() -> nn.Module:
 
 def inception_v3() -> nn.Module:
     """Factorised and nested branches (Szegedy et al. 2016)."""
+
     def line(i: int, o: int) -> nn.Module:
         return Seq(nn.Conv2d(i, o, (1, 7), padding=(0, 3)), nn.Conv2d(o, o, (7, 1), padding=(3, 0)), nn.BatchNorm2d(o))
 
@@ -137,6 +139,7 @@ def inception_resnet() -> nn.Module:
 
 def squeezenet() -> nn.Module:
     """Fire modules (Iandola et al. 2016)."""
+
     def fire(i: int, s: int, e: int) -> nn.Module:
         return Seq(nn.Conv2d(i, s, 1), nn.ReLU(), Branches(nn.Conv2d(s, e, 1), nn.Conv2d(s, e, 3, 1, 1)), nn.ReLU())
 
@@ -176,6 +179,7 @@ def repvgg() -> nn.Module:
 
 def xception() -> nn.Module:
     """Separable convolutions in residual blocks (Chollet 2017)."""
+
     def separable(i: int, o: int) -> nn.Module:
         return Seq(nn.Conv2d(i, i, 3, 1, 1, groups=i, bias=False), cba(i, o, 1, act=None))
 

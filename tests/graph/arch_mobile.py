@@ -12,6 +12,7 @@ Seq = nn.Sequential
 
 def mobilenet_v1() -> nn.Module:
     """Depth-wise separable convolutions (Howard et al. 2017)."""
+
     def step(i: int, o: int, s: int = 1) -> nn.Module:
         return Seq(cba(i, i, 3, s, g=i), cba(i, o, 1))
 

@@ -120,8 +120,14 @@ def test_a_folded_model_needs_fold(saved: Path) -> None:
 
 @pytest.mark.parametrize(
     "factory",
-    ["os:getcwd", "evil:make", "hwsearch.graph.factory:find_factory", "hwsearch.models.vgg:a.b", "../x:y",
-    "timm:resnet18"],
+    [
+        "os:getcwd",
+        "evil:make",
+        "hwsearch.graph.factory:find_factory",
+        "hwsearch.models.vgg:a.b",
+        "../x:y",
+        "timm:resnet18",
+    ],
 )
 def test_a_strangers_factory_is_never_imported(saved: Path, factory: str, tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')\n")
@@ -134,8 +140,13 @@ def test_a_strangers_factory_is_never_imported(saved: Path, factory: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "factory", ["hwsearch.models.loading:load_factory", "hwsearch.models.vgg:scaled", "hwsearch.models.vgg:nn",
-    "hwsearch.models.no:x"]
+    "factory",
+    [
+        "hwsearch.models.loading:load_factory",
+        "hwsearch.models.vgg:scaled",
+        "hwsearch.models.vgg:nn",
+        "hwsearch.models.no:x",
+    ],
 )
 def test_helpers_of_the_models_package_cannot_be_reached(saved: Path, factory: str) -> None:
     edit(saved, factory=factory, factory_kwargs={"spec": "os:getcwd"})

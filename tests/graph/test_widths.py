@@ -43,16 +43,17 @@ def test_quantum_counts_channels_where_a_unit_is_several() -> None:
 
 
 @pytest.mark.parametrize(
-    ("minimum", "smallest"), [(None, (8, 8, 8, 8)), (10, (16, 16, 16, 16)), (0.25, (8, 8, 16, 16)), (1.0, (16, 32, 64,
-    64))]
+    ("minimum", "smallest"),
+    [(None, (8, 8, 8, 8)), (10, (16, 16, 16, 16)), (0.25, (8, 8, 16, 16)), (1.0, (16, 32, 64, 64))],
 )
 def test_minimum(model: nn.Module, minimum: float | None, smallest: tuple[int, ...]) -> None:
     space = WidthSpace.from_model(model, EXAMPLE, quantum=8, minimum=minimum, verify=False)
     assert tuple(space.smallest().widths[index] for index in (0, 2, 4, 6)) == smallest
 
 
-@pytest.mark.parametrize(("quantum", "minimum"), [(0, None), (2.5, None), (True, None), (1, 0), (1, 0.0), (1, 1.5),
-(1, "a")])
+@pytest.mark.parametrize(
+    ("quantum", "minimum"), [(0, None), (2.5, None), (True, None), (1, 0), (1, 0.0), (1, 1.5), (1, "a")]
+)
 def test_bad_settings(model: nn.Module, quantum: int, minimum: float) -> None:
     with pytest.raises(InputError, match="must be a"):
         WidthSpace.from_model(model, EXAMPLE, quantum=quantum, minimum=minimum)

@@ -238,9 +238,7 @@ def test_a_template_that_failed_some_checks_covers_less(campaign: Any, templates
     space = onnx_template("residual").space
     template = replace(templates("residual"), check=Check(100, 0, 0.0, 300))
     right = NetworkLatency(space, campaign.predictor, template=template)
-    doubtful = NetworkLatency(
-        space, campaign.predictor, template=replace(template, check=Check(100, 2, 0.25, 300))
-    )
+    doubtful = NetworkLatency(space, campaign.predictor, template=replace(template, check=Check(100, 2, 0.25, 300)))
     rows = space.choice_array([space.full()])
     assert doubtful.coverage(rows) == pytest.approx(right.coverage(rows) * (1 - 0.02 * 0.25))
     assert doubtful.interval(rows)[1] > right.interval(rows)[1]

@@ -89,9 +89,7 @@ def test_a_bundle_page_before_and_after_verification(bundle: Bundle, tmp_path: P
     (bundle.folder / "verdict.json").unlink()
 
 
-def test_a_bundle_is_explained_where_its_predictor_is_at_hand(
-    bundle: Bundle, home: Path, tmp_path: Path
-) -> None:
+def test_a_bundle_is_explained_where_its_predictor_is_at_hand(bundle: Bundle, home: Path, tmp_path: Path) -> None:
     from hwsearch.latency.predictor import LatencyPredictor
     from hwsearch.latency.profile import profile
 
