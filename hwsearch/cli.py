@@ -6,15 +6,15 @@ Results go to standard output (one JSON object under ``--json``), everything els
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hwsearch.cli_device import device_app
+from hwsearch.cli_shared import Allow, DeviceName, Input, Json, Model, show_facts, show_result
 from hwsearch.console import Console
 from hwsearch.errors import HwsearchError
 
@@ -25,19 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-device_app = typer.Typer(help="Devices: what there is, what they are, how noisy they are.", no_args_is_help=True)
 app.add_typer(device_app, name="device")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-DeviceName = Annotated[str, typer.Option("--device", "-d", help="A device of devices/, or the path of its TOML file.")]
-Model = Annotated[
-    str, typer.Argument(help="An ONNX file, package.module:factory, timm:name, or a folder that hwsearch wrote.")
-]
-Allow = Annotated[
-    str | None,
-    typer.Option("--allow-factory", help="The factory that a model folder names, repeated: loading runs its code."),
-]
-Input = Annotated[str | None, typer.Option("--input", "-i", help="Shape of one inference, such as 1x3x224x224.")]
 
 
 def main() -> None:
@@ -60,115 +48,6 @@ def main() -> None:
             sys.exit(2)
         raise
     sys.exit(code if isinstance(code, int) else 0)
-
-
-@device_app.command("list")
-def device_list(as_json: Json = False) -> None:
-    """List the known devices. Example: hwsearch device list"""
-    from hwsearch.device.spec import Device
-
-    devices = [Device.load(name) for name in Device.names()]
-    rows = [
-        [d.name, d.runtime, str(d.threads), d.precision, "yes" if (d.table_folder / "manifest.json").exists() else "no"]
-        for d in devices
-    ]
-    _result(
-        as_json,
-        [{**d.to_dict(), "profiled": row[-1] == "yes"} for d, row in zip(devices, rows, strict=True)],
-        lambda console: console.table("Devices", ["name", "runtime", "threads", "precision", "profiled"], rows),
-    )
-
-
-@device_app.command("show")
-def device_show(name: str, as_json: Json = False) -> None:
-    """Show a device's settings and what was found about it. Example: hwsearch device show simulated"""
-    from hwsearch.device.check import FILE, DeviceCheck
-    from hwsearch.device.spec import Device
-
-    device = Device.load(name)
-    facts = device.to_dict()
-    if (device.table_folder / FILE).exists():
-        facts["check"] = DeviceCheck.load(device.table_folder).to_dict()
-    _result(as_json, facts, lambda console: _facts(console, f"Device {device.name}", facts))
-
-
-@device_app.command("check")
-def device_check(
-    name: str,
-    seconds: Annotated[float, typer.Option(help="How long the canary is timed alone.")] = 5.0,
-    as_json: Json = False,
-) -> None:
-    """Measure noise floor and reference speed; exit 1 when too noisy. Example: hwsearch device check simulated"""
-    from hwsearch.device.check import check_device
-
-    talk = Console(json=as_json)
-    check = check_device(name, seconds=seconds, message=talk.say)
-    _result(as_json, check.to_dict(), lambda console: _facts(console, f"Device {check.device}", check.to_dict()))
-    if not check.ok:
-        raise typer.Exit(1)
-
-
-@device_app.command("revalidate")
-def device_revalidate(
-    name: str,
-    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="A model that was profiled too.")] = None,
-    input: Input = None,
-    networks: Annotated[int, typer.Option(help="How many networks to time again.")] = 24,
-    accept: Annotated[
-        bool, typer.Option("--accept", help="If it holds, let the predictor be used with the runtime version of now.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Time a sample again: does the predictor hold? Exit 1 if not. Example: hwsearch device revalidate simulated"""
-    from hwsearch.device.session import open_session
-    from hwsearch.device.spec import Device
-    from hwsearch.latency.revalidate import accept as accept_version
-    from hwsearch.latency.revalidate import revalidate
-    from hwsearch.latency.table import LatencyTable
-    from hwsearch.model_argument import templates_of
-    from hwsearch.preparation import PREDICTOR
-
-    talk = Console(json=as_json)
-    target = Device.load(name)
-    table = LatencyTable.load(target.table_folder)
-    with open_session(target, message=talk.say) as session:
-        templates = templates_of(model or [], input)
-        outcome = revalidate(table, session, networks=networks, templates=templates, tell=talk.say)
-        now = session.fingerprint
-    facts = outcome.to_dict()
-    if accept and outcome.holds:
-        facts["accepted"] = accept_version(target.table_folder / PREDICTOR, outcome, now)
-
-    def show(console: Console) -> None:
-        rows = [[f.family, f"{f.ratio:.3f}", str(f.networks)] for f in outcome.families]
-        console.table(f"{name} now against its table", ["kernel family", "time ratio", "networks"], rows)
-        for line in (*outcome.differences, *outcome.messages, *([facts["accepted"]] if "accepted" in facts else [])):
-            console.show(f"  {line}")
-        console.show(f"verdict: {outcome.verdict}")
-
-    _result(as_json, facts, show)
-    if not outcome.holds:
-        raise typer.Exit(1)
-
-
-@device_app.command("add")
-def device_add(
-    name: Annotated[str, typer.Argument(help="The new device's name; also the name of its table's folder.")],
-    runtime: Annotated[str, typer.Option(help="onnxruntime or simulated.")] = "onnxruntime",
-    threads: Annotated[int, typer.Option(help="Threads that one inference may use.")] = 1,
-    as_json: Json = False,
-) -> None:
-    """Write devices/NAME.toml after probing the device. Example: hwsearch device add my-box --threads 1"""
-    from hwsearch.device.session import open_session
-    from hwsearch.device.spec import Device
-
-    options = {"spinning": 0} if runtime == "onnxruntime" else {}
-    device = Device(name=name, runtime=runtime, threads=threads, options=options)
-    with open_session(device, message=Console(json=as_json).say) as session:
-        fingerprint = session.fingerprint
-    path = device.save()
-    facts = {"path": str(path), **device.to_dict(), "fingerprint": fingerprint.to_dict()}
-    _result(as_json, facts, lambda console: _facts(console, f"Added {path}", facts))
 
 
 @app.command()
@@ -204,7 +83,7 @@ def profile(
         "kernels": sum(len(network.kernels) for network in table.networks),
         "noise_floor": table.noise_floor,
     }
-    _result(as_json, facts, lambda console: _facts(console, f"Profiled {known.name}", facts))
+    show_result(as_json, facts, lambda console: show_facts(console, f"Profiled {known.name}", facts))
 
 
 @app.command()
@@ -232,10 +111,10 @@ def fit(
         others = [Device.load(name) for name in source]
         templates = templates_of(model or [], input)
         facts = transfer_to(target, others, talk, networks=networks, templates=templates)
-        _result(as_json, facts, lambda console: _facts(console, f"Transferred to {target.name}", facts))
+        show_result(as_json, facts, lambda console: show_facts(console, f"Transferred to {target.name}", facts))
         return
     _, card = fit_table(target, LatencyTable.load(target.table_folder), talk)
-    _result(as_json, card.to_dict(), lambda console: console.show(card.to_markdown()))
+    show_result(as_json, card.to_dict(), lambda console: console.show(card.to_markdown()))
 
 
 @app.command()
@@ -264,7 +143,7 @@ def estimate(
         predictor = _predictor(target, session.fingerprint)
         with talk.bar("stairs") as bar:
             found = run_estimate(argument, target, session, predictor, why=explain, told=bar)
-    _result(as_json, found.to_dict(), found.show)
+    show_result(as_json, found.to_dict(), found.show)
 
 
 @app.command()
@@ -284,7 +163,7 @@ def measure(model: Model, device: DeviceName, input: Input = None, allow: Allow 
     with open_session(target, message=talk.say) as session:
         found = run_measure(onnx, session, reference_ms=ensure_checked(target, session, talk))
     facts = {"model": model, "device": target.name, **asdict(found)}
-    _result(as_json, facts, lambda console: _facts(console, f"{model} on {target.name}", facts))
+    show_result(as_json, facts, lambda console: show_facts(console, f"{model} on {target.name}", facts))
 
 
 @app.command()
@@ -319,7 +198,7 @@ def search(
         measured = "not measured" if result.measured_ms is None else f"measured {result.measured_ms:.4g} ms"
         console.show(f"predicted {result.predicted_ms:.4g} ms, {measured}, budget {result.budget_ms:.4g} ms")
 
-    _result(as_json, {"folder": str(settings.run_folder), **result.to_dict()}, show)
+    show_result(as_json, {"folder": str(settings.run_folder), **result.to_dict()}, show)
 
 
 @app.command()
@@ -338,7 +217,7 @@ def fold(
     from hwsearch.model_argument import fold_model
 
     facts = fold_model(_argument(model, input, allow), output, prove_it=prove_it)
-    _result(as_json, facts, lambda console: _facts(console, f"Folded {model}", facts))
+    show_result(as_json, facts, lambda console: show_facts(console, f"Folded {model}", facts))
 
 
 @app.command()
@@ -366,7 +245,7 @@ def deploy(
         argument.need_module(), argument.example_input, Device.load(device), output, budget_ms=budget_ms
     )
     facts = {"bundle": str(output), "name": bundle.name}
-    _result(as_json, facts, lambda console: console.show(f"bundle written to {output}"))
+    show_result(as_json, facts, lambda console: console.show(f"bundle written to {output}"))
 
 
 @app.command()
@@ -385,8 +264,8 @@ def verify(bundle: Path, device: DeviceName, as_json: Json = False) -> None:
     with open_session(target, message=talk.say) as session:
         ensure_checked(target, session, talk)
         verdict = run_verify(bundle, target, session=session)
-    _result(
-        as_json, verdict.to_dict(), lambda console: _facts(console, f"Verdict: {verdict.status}", verdict.to_dict())
+    show_result(
+        as_json, verdict.to_dict(), lambda console: show_facts(console, f"Verdict: {verdict.status}", verdict.to_dict())
     )
     if verdict.exit_code:
         raise typer.Exit(verdict.exit_code)
@@ -402,7 +281,7 @@ def report(
     from hwsearch.report import report as write_report
 
     path = write_report(folder, output)
-    _result(as_json, {"report": str(path)}, lambda console: console.show(f"report written to {path}"))
+    show_result(as_json, {"report": str(path)}, lambda console: console.show(f"report written to {path}"))
 
 
 @app.command()
@@ -428,7 +307,7 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: J
         "rows": [asdict(row) for row in outcome.rows],
         "verdict": outcome.verdict.to_dict(),
     }
-    _result(as_json, facts, show)
+    show_result(as_json, facts, show)
     if outcome.verdict.exit_code:
         raise typer.Exit(outcome.verdict.exit_code)
 
@@ -451,38 +330,6 @@ def _predictor(device: Any, fingerprint: Any) -> Any:
             f"hwsearch fit --device {device.name}"
         )
     return LatencyPredictor.load(folder, fingerprint)
-
-
-def _facts(console: Console, title: str, facts: dict[str, Any], *, indent: str = "") -> None:
-    """Plain values, one a line; nested ones below their name."""
-    if not indent:
-        console.show(title)
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            console.show(f"{indent}  {name}:")
-            _facts(console, "", value, indent=indent + "  ")
-        elif isinstance(value, (list, tuple)) and len(value) > 4:
-            console.show(f"{indent}  {name}: {len(value)} entries")
-        else:
-            console.show(f"{indent}  {name}: {f'{value:.5g}' if isinstance(value, float) else value}")
-
-
-def _result(as_json: bool, facts: Any, show: Callable[[Console], None]) -> None:
-    """The result of a verb: one JSON object, or what ``show`` prints."""
-    if as_json:
-        plain = {"items": facts} if isinstance(facts, list) else facts
-        sys.stdout.write(json.dumps(plain, default=_plain, sort_keys=True, allow_nan=False) + "\n")
-    else:
-        show(Console())
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    if isinstance(value, Path):
-        return str(value)
-    item = getattr(value, "item", None)
-    return item() if callable(item) else str(value)
 
 
 def _fail(message: str, code: int) -> None:

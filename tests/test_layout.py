@@ -31,6 +31,8 @@ ORDER = [
     "preparation",
     "comparison",
     "pipeline",
+    "cli_shared",
+    "cli_device",
     "cli",
 ]
 EXEMPT = {"testing"}

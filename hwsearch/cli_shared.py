@@ -1,0 +1,57 @@
+"""What the verbs of the command line share: options that mean the same everywhere, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hwsearch.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+DeviceName = Annotated[str, typer.Option("--device", "-d", help="A device of devices/, or the path of its TOML file.")]
+Model = Annotated[
+    str, typer.Argument(help="An ONNX file, package.module:factory, timm:name, or a folder that hwsearch wrote.")
+]
+Allow = Annotated[
+    str | None,
+    typer.Option("--allow-factory", help="The factory that a model folder names, repeated: loading runs its code."),
+]
+Input = Annotated[str | None, typer.Option("--input", "-i", help="Shape of one inference, such as 1x3x224x224.")]
+
+
+def show_facts(console: Console, title: str, facts: dict[str, Any], *, indent: str = "") -> None:
+    """Plain values, one a line; nested ones below their name."""
+    if not indent:
+        console.show(title)
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            console.show(f"{indent}  {name}:")
+            show_facts(console, "", value, indent=indent + "  ")
+        elif isinstance(value, (list, tuple)) and len(value) > 4:
+            console.show(f"{indent}  {name}: {len(value)} entries")
+        else:
+            console.show(f"{indent}  {name}: {f'{value:.5g}' if isinstance(value, float) else value}")
+
+
+def show_result(as_json: bool, facts: Any, show: Callable[[Console], None]) -> None:
+    """The result of a verb: one JSON object, or what ``show`` prints."""
+    if as_json:
+        plain = {"items": facts} if isinstance(facts, list) else facts
+        sys.stdout.write(json.dumps(plain, default=_plain, sort_keys=True, allow_nan=False) + "\n")
+    else:
+        show(Console())
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    item = getattr(value, "item", None)
+    return item() if callable(item) else str(value)
