@@ -135,12 +135,13 @@ def estimate(
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
     from hwsearch.estimation import estimate as run_estimate
+    from hwsearch.preparation import predictor_of
 
     talk = Console(json=as_json)
     target = Device.load(device)
     argument = _argument(model, input, allow)
     with open_session(target, message=talk.say) as session:
-        predictor = _predictor(target, session.fingerprint)
+        predictor = predictor_of(target, session.fingerprint)
         with talk.bar("stairs") as bar:
             found = run_estimate(argument, target, session, predictor, why=explain, told=bar)
     show_result(as_json, found.to_dict(), found.show)
@@ -164,6 +165,33 @@ def measure(model: Model, device: DeviceName, input: Input = None, allow: Allow 
         found = run_measure(onnx, session, reference_ms=ensure_checked(target, session, talk))
     facts = {"model": model, "device": target.name, **asdict(found)}
     show_result(as_json, facts, lambda console: show_facts(console, f"{model} on {target.name}", facts))
+
+
+@app.command()
+def space(
+    model: Annotated[str | None, typer.Argument(help="package.module:factory, timm:name, or a model folder.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Take model, quantum, minimum and [[groups]] of this file.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", "-d", help="Price by its predictor; else MACs.")] = None,
+    input: Input = None,
+    quantum: Annotated[int, typer.Option(help="Step of the widths, in channels.")] = 1,
+    minimum: Annotated[float | None, typer.Option(help="Narrowest width: a share up to 1, or channels.")] = None,
+    freeze: Annotated[list[str] | None, typer.Option(help="Layers whose groups keep their width: a pattern.")] = None,
+    slots: Annotated[bool, typer.Option("--slots", help="List the parameter axes of each group too.")] = False,
+    allow: Allow = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model's width groups, before any work: their widths, what they cost, and what is frozen and why.
+
+    Example: hwsearch space hwsearch.models.resnet:resnet_small --input 1x1x28x28 --freeze "stem.*"
+    """
+    from hwsearch.space_view import space_of, table_of
+
+    talk = Console(json=as_json)
+    found, template = space_of(model, config, input, quantum, minimum, freeze or [], allow)
+    shown = table_of(found, template, device, talk)
+    show_result(as_json, shown.to_dict(), lambda console: console.show(shown.text(slots=slots)))
 
 
 @app.command()
@@ -316,20 +344,6 @@ def _argument(model: str, shape: str | None, allow: str | None) -> Any:
     from hwsearch.model_argument import load_model_argument, parse_inputs
 
     return load_model_argument(model, parse_inputs(shape) if shape else None, allow_factory=allow)
-
-
-def _predictor(device: Any, fingerprint: Any) -> Any:
-    from hwsearch.errors import InputError
-    from hwsearch.latency.predictor import LatencyPredictor
-    from hwsearch.preparation import PREDICTOR
-
-    folder = device.table_folder / PREDICTOR
-    if not folder.is_dir():
-        raise InputError(
-            f"{device.name} has no predictor: run hwsearch profile --device {device.name}, then "
-            f"hwsearch fit --device {device.name}"
-        )
-    return LatencyPredictor.load(folder, fingerprint)
 
 
 def _fail(message: str, code: int) -> None:

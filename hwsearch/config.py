@@ -12,6 +12,9 @@ no default is written down twice. pydantic checks the file at this border; behin
     input = "1x1x28x28"
     [search]
     budget = "50%"                       # of the full network's measured ms; or budget_ms = 3.0
+    [[groups]]
+    pattern = "stem.*"                   # layers by name or pattern
+    freeze = true                        # or quantum, minimum, maximum
     [supernet]
     epochs = 2
     [train]
@@ -47,10 +50,12 @@ from hwsearch.config_types import (
     Text,
     Threads,
     Whole,
+    Width,
 )
 from hwsearch.errors import InputError
 
 if TYPE_CHECKING:
+    from hwsearch.graph.control import GroupRule
     from hwsearch.search.cafenet import CafeNetConfig
     from hwsearch.search.conetv2_config import ConetConfig
     from hwsearch.train.data import Examples
@@ -130,6 +135,39 @@ class DataSettings:
         return load_task(self.folder or self.kind, limit_to=self.limit, seed=seed, **given)
 
 
+@dataclass(frozen=True)
+class GroupSettings:
+    """``[[groups]]``: what is decided about the width groups that ``pattern`` names, see ``GroupRule``.
+
+    ``pattern`` is a layer or a glob of layers (``stages.2.*``); rules apply in the file's order, the last one wins.
+    """
+
+    __pydantic_config__ = _STRICT
+    pattern: Text
+    freeze: Switch = False
+    quantum: Count | None = None
+    minimum: Width | None = None
+    maximum: Width | None = None
+
+    def __post_init__(self) -> None:
+        if not self.freeze and self.quantum is None and self.minimum is None and self.maximum is None:
+            raise InputError(
+                f"the rule for {self.pattern!r} says nothing: give freeze = true, quantum, minimum or maximum"
+            )
+        for name in ("minimum", "maximum"):
+            value = getattr(self, name)
+            if isinstance(value, float) and value > 1:
+                raise InputError(
+                    f"the {name} for {self.pattern!r} is {value!r}: give whole units, or a share up to 1.0"
+                )
+
+    def rule(self) -> GroupRule:
+        """The same for ``hwsearch.graph.control``."""
+        from hwsearch.graph.control import GroupRule
+
+        return GroupRule(self.pattern, self.freeze, self.quantum, self.minimum, self.maximum)
+
+
 #: Settings of CafeNet itself, of its evolution and scoring, of CONetV2, and of either method.
 _CAFENET = (
     "offset", "bin_units", "patterns", "full_steps", "distillation", "sharing", "complementary", "bins", "smallest_bin",
@@ -160,7 +198,7 @@ class SearchSettings:
     budget_ms: Ms | None = None
     quantile: Quantile | None = None
     quantum: Count = 1
-    minimum: Annotated[Count | Positive | None, Field(description="channels, or a share such as 0.25")] = None
+    minimum: Width | None = None
     offset: Whole | None = None
     bin_units: Count | None = None
     patterns: Count | None = None
@@ -281,6 +319,7 @@ class RunConfig:
     device: DeviceSettings
     model: ModelSettings
     search: SearchSettings
+    groups: tuple[GroupSettings, ...] = ()
     run: RunSettings = field(default_factory=RunSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     data: DataSettings = field(default_factory=DataSettings)

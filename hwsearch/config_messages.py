@@ -34,7 +34,7 @@ def _sentence(root: type, path: str, item: dict[str, Any]) -> str:
     """What is wrong with one field and what to do."""
     parts, annotation = _field(root, item["loc"])
     if item["type"] == "unexpected_keyword_argument":
-        known = [f.name for f in dataclasses.fields(_section(root, parts[:-1]))]
+        known = [f.name for f in dataclasses.fields(_field(root, item["loc"][:-1])[1])]
         close = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.6)
         where = f"[{parts[0]}]" if len(parts) > 1 else "a config"
         hint = f"did you mean {close[0]}?" if close else f"{where} has {', '.join(known)}"
@@ -43,6 +43,8 @@ def _sentence(root: type, path: str, item: dict[str, Any]) -> str:
         if dataclasses.is_dataclass(annotation):
             return f"the section [{path}] is missing: add it"
         return f"{path} is missing: give {_allowed(annotation) or 'a value'}"
+    if item["type"] == "tuple_type":
+        return f"{path} is {short(item['input'])}: give sections [[{path}]], with double brackets"
     if item["type"] in ("dataclass_type", "dict_type"):
         return f"{path} is {short(item['input'])}: give a section [{path}]"
     allowed = _allowed(annotation) or str(item["msg"]).removeprefix("Input should be ")
@@ -54,6 +56,10 @@ def _field(root: type, location: tuple[Any, ...]) -> tuple[list[str], Any]:
     path: list[str] = []
     annotation: Any = root
     for part in location:
+        if get_origin(annotation) is tuple and isinstance(part, int):
+            annotation = get_args(annotation)[0]
+            path[-1] += f"[{part + 1}]"
+            continue
         if not dataclasses.is_dataclass(annotation):
             # Inside a union pydantic appends the member it tried; inside free-form values the file's own keys go on.
             if annotation is not None and get_origin(annotation) is dict:
@@ -62,11 +68,6 @@ def _field(root: type, location: tuple[Any, ...]) -> tuple[list[str], Any]:
         path.append(str(part))
         annotation = get_type_hints(annotation, include_extras=True).get(str(part))
     return path, annotation
-
-
-def _section(root: type, path: list[str]) -> Any:
-    """The dataclass of a section."""
-    return _field(root, tuple(path))[1]
 
 
 def _allowed(annotation: Any) -> str:

@@ -10,6 +10,7 @@ Count = Annotated[int, Field(strict=True, ge=1, description="a whole number of 1
 Whole = Annotated[int, Field(strict=True, ge=0, description="a whole number of 0 or more")]
 Threads = Annotated[int, Field(strict=True, ge=1, le=256, description="a whole number from 1 to 256")]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a number above 0")]
+Width = Annotated[Count | Positive, Field(description="channels, or a share such as 0.25")]
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number of 0 or more")]
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")]
 Below1 = Annotated[

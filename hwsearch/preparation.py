@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hwsearch.device.session import DeviceSession
-    from hwsearch.device.spec import Device
+    from hwsearch.device.spec import Device, Fingerprint
     from hwsearch.graph.onnx_build import OnnxTemplate
     from hwsearch.graph.widths import WidthSpace
     from hwsearch.latency.card import ErrorCard
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 PREDICTOR = "predictor"
 #: In it: what it was fitted to, written last.
 FITTED_TO = "fitted_to.json"
+#: The width space of a run with its milliseconds, in the run folder.
+SPACE = "space.json"
 #: How often a device is checked before it is called too noisy.
 CHECKS = 3
 
@@ -77,7 +79,9 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
     """
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
+    from hwsearch.graph.control import bounded
     from hwsearch.graph.onnx_build import OnnxTemplate
+    from hwsearch.graph.space_table import SpaceTable
     from hwsearch.graph.widths import WidthSpace
     from hwsearch.latency.lowering import Lowering
     from hwsearch.latency.network import NetworkLatency
@@ -101,10 +105,11 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         reference_ms = ensure_checked(device, session, console)
         console.step("Extracting the width space")
         space = WidthSpace.from_model(module, example, quantum=config.search.quantum, minimum=config.search.minimum)
+        if config.groups:
+            space = bounded(space, example, [rule.rule() for rule in config.groups])
+            module = space.model or module  # a maximum makes the network narrower
         template = OnnxTemplate(space, fold(module, example, require=False), example)
         console.say(f"  {len(space.groups)} width groups, 10^{space.log10_size:.1f} networks")
-        for operation in space.unknown_operations:
-            console.say(f"  frozen around an unknown operation: {operation}")
         console.step(f"Profiling {device.name}")
         table = profile_device(
             device,
@@ -120,6 +125,9 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         console.step("Learning how the runtime lowers the widths")
         with console.bar("lowering") as bar:
             latency.prepare(bar)
+        shown = SpaceTable.of(space, latency.evaluate)
+        write_atomic(run_folder.path / SPACE, json.dumps(shown.to_dict(), indent=1, sort_keys=True) + "\n")
+        console.say(shown.text(slots=False))
         full_ms = _once(
             run_folder, "full_measured_ms", lambda: _full_ms(session, template, space, reference_ms, console)
         )
@@ -210,6 +218,24 @@ def _fitted_to(device: Device) -> dict[str, str]:
     """What a predictor hangs on: the table, whose manifest names its files' hashes, and this release's algorithm."""
     table = (device.table_folder / "manifest.json").read_bytes()
     return {"table_sha256": hashlib.sha256(table).hexdigest(), "release": __version__}
+
+
+def predictor_of(device: Device, fingerprint: Fingerprint) -> LatencyPredictor:
+    """A device's predictor as it lies on the disk.
+
+    Raises:
+        InputError: there is none; the message says how one is made.
+        SchemaError: it was made for another runtime, ISA or precision.
+    """
+    from hwsearch.latency.predictor import LatencyPredictor
+
+    folder = device.table_folder / PREDICTOR
+    if not folder.is_dir():
+        raise InputError(
+            f"{device.name} has no predictor: run hwsearch profile --device {device.name}, then "
+            f"hwsearch fit --device {device.name}"
+        )
+    return LatencyPredictor.load(folder, fingerprint)
 
 
 def fit_table(device: Device, table: LatencyTable, console: Console) -> tuple[LatencyPredictor, ErrorCard]:

@@ -66,7 +66,19 @@ def at_home(profiled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 class TestVerbs:
     def test_every_verb_has_help_with_an_example(self) -> None:
-        verbs = ["profile", "fit", "estimate", "measure", "search", "fold", "deploy", "verify", "report", "run"]
+        verbs = [
+            "profile",
+            "fit",
+            "estimate",
+            "measure",
+            "space",
+            "search",
+            "fold",
+            "deploy",
+            "verify",
+            "report",
+            "run",
+        ]
         device = ("list", "show", "check", "revalidate", "add")
         for verb in [*([v] for v in verbs), *(["device", v] for v in device)]:
             done = hwsearch(*verb, "--help")
@@ -98,6 +110,24 @@ class TestVerbs:
         assert memory["input_bytes"] == 4 * 28 * 28
         assert "peak memory" in hwsearch("estimate", RESNET, *ON_SIMULATED, *SHAPE).stdout
         assert estimated["predicted_ms"] == pytest.approx(measured["measured_ms"], rel=0.25)
+
+    def test_a_space_is_shown_before_any_work(self, at_home: Path) -> None:
+        found = answer("space", RESNET, *SHAPE, *ON_SIMULATED, "--quantum", "8", "--freeze", "stages.2.*")
+        assert found["unit"] == "ms"
+        assert [group["name"] for group in found["groups"]][:2] == ["stem.0", "stages.0.0.conv1"]
+        assert not any(group["name"].startswith("stages.2") for group in found["groups"])
+        assert "frozen by the user (stages.2.*)" in found["frozen"]
+        assert all(0 < group["cost"]["smallest"] <= group["cost"]["full"] for group in found["groups"])
+        (at_home / "rules.toml").write_text(
+            f'[device]\nname = "simulated"\n[model]\nfactory = "{RESNET}"\ninput = "1x1x28x28"\n'
+            '[search]\nbudget = "50%"\n[[groups]]\npattern = "stem.0"\nmaximum = 0.5\n'
+        )
+        ruled = answer("space", "--config", "rules.toml")
+        assert (ruled["groups"][0]["name"], ruled["groups"][0]["units"]) == ("stem.0", 8)
+        assert ruled["unit"] == "MMACs"
+        line = refused("space", RESNET, *SHAPE, "--freeze", "nowhere.*")
+        assert "no group matches 'nowhere.*'" in line
+        assert "give a model, or --config" in refused("space")
 
     def test_an_estimate_explains_itself(self, at_home: Path) -> None:
         plain = answer("estimate", RESNET, *ON_SIMULATED, *SHAPE)

@@ -275,3 +275,26 @@ class TestSearchByOptions:
     def test_an_unknown_method_is_refused(self) -> None:
         with pytest.raises(InputError, match=r"search\.method"):
             search_config(**{**self.GOOD, "method": "magic"})
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ([{"pattern": "a", "freeze": True}, {"pattern": "b"}], "the rule for 'b' says nothing"),
+        ([{"patern": "a"}], "groups[1].patern is no setting: did you mean pattern?"),
+        (
+            [{"pattern": "a", "freeze": True}, {"pattern": "b", "quantum": 0}],
+            "groups[2].quantum is 0: give a whole number",
+        ),
+        ([{"pattern": "a", "maximum": 1.5}], "the maximum for 'a' is 1.5"),
+        ({"pattern": "a"}, "give sections [[groups]], with double brackets"),
+        ([3], "groups[1] is 3"),
+    ],
+)
+def test_rules_of_groups_are_checked_by_number(rules: Any, words: str) -> None:
+    base = {"device": {"name": "simulated"}, "search": {"budget": "50%"}}
+    model = {"factory": "hwsearch.models.vgg:vgg_small", "input": "1x1x28x28"}
+    with pytest.raises(InputError) as caught:
+        RunConfig.from_dict({**base, "model": model, "groups": rules})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -29,6 +29,7 @@ ORDER = [
     "model_argument",
     "estimation",
     "preparation",
+    "space_view",
     "comparison",
     "pipeline",
     "cli_shared",

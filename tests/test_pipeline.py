@@ -163,7 +163,8 @@ def test_another_method_on_the_same_device_finds_the_table_fitted(unbroken: Path
     before, rest = text.split("candidates = 12", 1)
     after = rest[rest.index("[train]") :]
     trial = 'method = "conetv2"\ntrials = 2\n[trial]\nsteps = 4\ncheckpoint_s = 0.2\n'
-    (unbroken / "conet.toml").write_text(before + trial + after)
+    rules = '[[groups]]\npattern = "features.0"\nfreeze = true\n[[groups]]\npattern = "features.3"\nmaximum = 0.75\n'
+    (unbroken / "conet.toml").write_text(before + trial + rules + after)
     predictor = unbroken / "latency_tables/simulated/predictor/manifest.json"
     fitted = predictor.stat().st_mtime_ns
     process = start(unbroken, "conet.toml")
@@ -173,4 +174,10 @@ def test_another_method_on_the_same_device_finds_the_table_fitted(unbroken: Path
     assert outcome["verdict"]["status"] == "pass"
     assert [row["name"] for row in outcome["rows"]] == ["full", "uniform", "found"]
     assert (unbroken / "runs/conet/state/quality.jsonl").is_file()
+    space = json.loads((unbroken / "runs/conet/space.json").read_text())
+    assert "frozen by the user (features.0)" in space["frozen"]
+    everything = json.loads((unbroken / "runs/chain/space.json").read_text())
+    units, whole = ({g["name"]: g["units"] for g in found["groups"]} for found in (space, everything))
+    assert set(whole) - set(units) == {"features.0"}
+    assert [name for name in units if units[name] < whole[name]] == ["features.3"]
     assert predictor.stat().st_mtime_ns == fitted, "the table has not changed since"

@@ -1,127 +1,164 @@
-"""``space_table``: a width space in words, before any work: groups, widths, what they touch, costs, what is frozen."""
+"""``SpaceTable``: a width space before any work: groups, widths, what they touch, what they cost, what is frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from hwsearch.errors import InputError
-from hwsearch.graph.groups import WidthGroup
+from hwsearch.graph.groups import IntArray, WidthGroup
 
 if TYPE_CHECKING:
-    from hwsearch.graph.widths import WidthChoice, WidthSpace
+    from hwsearch.graph.widths import WidthSpace
 
-#: Gives one number (milliseconds) for every choice.
-Evaluate = Callable[[Sequence["WidthChoice"]], ArrayLike]
+SCHEMA, VERSION = "hwsearch.space", 1
+
+#: One number (milliseconds) for every choice of an int array (N, groups).
+Evaluate = Callable[[IntArray], ArrayLike]
 
 
 @dataclass(frozen=True)
 class GroupCost:
     """What the whole network costs with one group at its smallest, middle and full width, all others full."""
 
-    name: str
     smallest: float
     middle: float
     full: float
 
 
-def group_costs(space: WidthSpace, evaluate: Evaluate) -> tuple[GroupCost, ...]:
-    """Costs per group, by one call of ``evaluate`` with three choices a group.
+@dataclass(frozen=True)
+class GroupLine:
+    """One group: its units and allowed widths, the parameter axes that write and read it, and its costs.
 
-    Raises:
-        InputError: ``evaluate`` does not give one number per choice.
-
-    Example:
-        >>> group_costs(space, lambda choices: [space.macs(choice) for choice in choices])
+    ``step`` is in units. ``mixed`` says that an operation mixes over its channels (layer normalisation): dropping a
+    dead one still changes the function.
     """
-    from hwsearch.graph.widths import WidthChoice
 
+    name: str
+    units: int
+    widths: tuple[int, ...]
+    step: int
+    writes: tuple[str, ...]
+    reads: tuple[str, ...]
+    mixed: bool
+    cost: GroupCost | None = None
+
+    @property
+    def widths_text(self) -> str:
+        """The allowed widths: all of them when few, else the ends with their number."""
+        if len(self.widths) <= 4:
+            return " ".join(str(width) for width in self.widths)
+        return f"{self.widths[0]} {self.widths[1]} .. {self.widths[-1]} ({len(self.widths)})"
+
+
+@dataclass(frozen=True)
+class SpaceTable:
+    """A width space as a table.
+
+    Attributes:
+        groups: the width variables, in execution order.
+        frozen: reason to the parameter axes that keep their size for it.
+        unknown_operations: operations without a rule, with their source line.
+        log10_size: number of choices, as a power of ten.
+        unit: of the costs.
+    """
+
+    groups: tuple[GroupLine, ...]
+    frozen: dict[str, tuple[str, ...]]
+    unknown_operations: tuple[str, ...]
+    log10_size: float
+    unit: str = "ms"
+
+    @classmethod
+    def of(cls, space: WidthSpace, evaluate: Evaluate | None = None, *, unit: str = "ms") -> SpaceTable:
+        """The table of a space; ``evaluate`` fills in what each group costs, by one call with three choices a group.
+
+        Raises:
+            InputError: ``evaluate`` does not give one number per choice.
+
+        Example:
+            >>> print(SpaceTable.of(space, space.macs_array, unit="MACs").text())
+        """
+        costs = _costs(space, evaluate) if evaluate is not None and space.groups else [None] * len(space.groups)
+        frozen: dict[str, list[str]] = {}
+        for place, reason in space.frozen_reasons.items():
+            frozen.setdefault(reason, []).append(place)
+        return cls(
+            tuple(_line(group, cost) for group, cost in zip(space.groups, costs, strict=True)),
+            {reason: tuple(places) for reason, places in frozen.items()},
+            space.unknown_operations,
+            space.log10_size,
+            unit,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with schema and version."""
+        return {"schema": SCHEMA, "version": VERSION, **asdict(self)}
+
+    def text(self, *, slots: bool = True) -> str:
+        """One line per group, then what is frozen with its reason and source line.
+
+        ``slots`` lists the parameter axes that each group touches under its line.
+        """
+        costed = any(group.cost is not None for group in self.groups)
+        rows = [["group", "units", "widths", "step"]]
+        rows[0] += [f"{name} {self.unit}" for name in ("min", "mid", "max")] if costed else []
+        for group in self.groups:
+            row = [group.name + (" *" if group.mixed else ""), str(group.units), group.widths_text, str(group.step)]
+            if group.cost is not None:
+                row += [f"{cost:.4g}" for cost in (group.cost.smallest, group.cost.middle, group.cost.full)]
+            rows.append(row)
+        lines = _columns(rows)
+        text = [lines[0], "-" * len(lines[0])]
+        for line, group in zip(lines[1:], self.groups, strict=True):
+            text.append(line)
+            if slots:
+                text += [
+                    f"    {verb} {', '.join(n)}" for verb, n in (("writes", group.writes), ("reads", group.reads)) if n
+                ]
+        text += ["", f"{len(self.groups)} groups, 10^{self.log10_size:.1f} choices"]
+        if any(group.mixed for group in self.groups):
+            text.append("* an operation mixes over these channels: dropping a dead one still changes the function")
+        if self.frozen:
+            text += ["", "keeps its size:"]
+            for reason, places in self.frozen.items():
+                shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+                text += [f"  {reason}", f"    {shown}"]
+        if self.unknown_operations:
+            text += ["", "operations without a rule:", *(f"  {operation}" for operation in self.unknown_operations)]
+        return "\n".join(text)
+
+
+def _costs(space: WidthSpace, evaluate: Evaluate) -> list[GroupCost]:
     full = space.full().widths
     choices = [
-        WidthChoice((*full[:index], width, *full[index + 1 :]))
+        (*full[:index], width, *full[index + 1 :])
         for index, group in enumerate(space.groups)
         for width in (group.widths[0], group.widths[len(group.widths) // 2], group.units)
     ]
-    costs = np.asarray(evaluate(choices), dtype=float).ravel()
+    costs = np.asarray(evaluate(np.asarray(choices, dtype=np.int64)), dtype=float).ravel()
     if len(costs) != len(choices):
         raise InputError(f"evaluate must give one number per choice: {len(choices)} choices, {len(costs)} numbers")
-    return tuple(
-        GroupCost(group.name, *(float(cost) for cost in row))
-        for group, row in zip(space.groups, costs.reshape(-1, 3), strict=True)
-    )
+    return [GroupCost(*(float(cost) for cost in row)) for row in costs.reshape(-1, 3)]
 
 
-def space_table(space: WidthSpace, evaluate: Evaluate | None = None, *, unit: str = "ms", slots: bool = True) -> str:
-    """The space as text: one line per group, then what is frozen with its reason and source line.
+def _line(group: WidthGroup, cost: GroupCost | None) -> GroupLine:
+    """A group's line; ``x4`` behind an axis where a unit takes four of its positions."""
 
-    Args:
-        space: any width space.
-        evaluate: fills the columns smallest, middle and full (see ``group_costs``); without it they are left out.
-        unit: unit of ``evaluate``'s numbers, for the heading.
-        slots: list the parameter axes that each group touches under its line.
-
-    Example:
-        >>> print(space_table(space, lambda choices: [space.macs(c) / 1e6 for c in choices], unit="MMACs"))
-    """
-    costs = group_costs(space, evaluate) if evaluate is not None and space.groups else ()
-    header = ["group", "units", "widths", "step"]
-    header += [f"{name} {unit}" for name in ("min", "mid", "max")] if costs else []
-    rows = [header]
-    for index, group in enumerate(space.groups):
-        row = [group.name + ("" if group.neutral else " *"), str(group.units), widths_text(group), str(group.quantum)]
-        row += [f"{c:.4g}" for c in (costs[index].smallest, costs[index].middle, costs[index].full)] if costs else []
-        rows.append(row)
-    lines = _columns(rows)
-    text = [lines[0], "-" * len(lines[0])]
-    for line, group in zip(lines[1:], space.groups, strict=True):
-        text.append(line)
-        if slots:
-            text += [f"    {line}" for line in slots_text(group)]
-    text += ["", f"{len(space.groups)} groups, 10^{space.log10_size:.1f} choices"]
-    if not all(group.neutral for group in space.groups):
-        text.append("* an operation mixes over these channels: dropping a dead one still changes the function")
-    return "\n".join([*text, *_frozen_text(space)])
-
-
-def widths_text(group: WidthGroup) -> str:
-    """The allowed widths: all of them when few, else the ends with their number."""
-    if len(group.widths) <= 4:
-        return " ".join(str(width) for width in group.widths)
-    return f"{group.widths[0]} {group.widths[1]} .. {group.widths[-1]} ({len(group.widths)})"
-
-
-def slots_text(group: WidthGroup) -> list[str]:
-    """The parameter axes that a group touches: writers, then readers; ``x4`` where a unit takes four positions."""
-    found = []
-    for verb, reads in (("writes", False), ("reads", True)):
-        names = [
+    def named(reads: bool) -> tuple[str, ...]:
+        return tuple(
             f"{slot.parameter}[{slot.axis}]" + (f" x{slot.elements_per_unit}" if slot.elements_per_unit > 1 else "")
             for slot in group.slots
             if slot.reads == reads
-        ]
-        if names:
-            found.append(f"{verb} " + ", ".join(names))
-    return found
+        )
 
-
-def _frozen_text(space: WidthSpace) -> list[str]:
-    """Frozen parameter axes by reason, and the operations without a rule."""
-    by_reason: dict[str, list[str]] = {}
-    for place, reason in space.frozen_reasons.items():
-        by_reason.setdefault(reason, []).append(place)
-    text = []
-    if by_reason:
-        text += ["", "keeps its size:"]
-        for reason, places in by_reason.items():
-            shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
-            text += [f"  {reason}", f"    {shown}"]
-    if space.unknown_operations:
-        text += ["", "operations without a rule:", *(f"  {operation}" for operation in space.unknown_operations)]
-    return text
+    return GroupLine(
+        group.name, group.units, group.widths, group.quantum, named(False), named(True), not group.neutral, cost
+    )
 
 
 def _columns(rows: list[list[str]]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hwsearch.report.page import ms as as_ms
-from hwsearch.report.run_data import CandidatePoint, Curve, KernelTime, LayerBar, Row, StairLine
+from hwsearch.report.run_data import CandidatePoint, Curve, GroupRow, KernelTime, LayerBar, Row, StairLine
 from hwsearch.report.style import BOUND_COLOURS, FAMILY_COLOURS, FOUND, FULL, GRID, INK, MUTED, UNIFORM
 
 Figure = dict[str, Any]
@@ -319,3 +319,66 @@ def _by_source(points: Sequence[tuple[float, float, str]], hover: str) -> list[T
         colour = _LINES[at % len(_LINES)]
         traces.append(_points(label(source, 28), x, y, colour, hover, size=6, opacity=0.75))
     return traces
+
+
+def groups(rows: Sequence[GroupRow]) -> Figure:
+    """Groups across, layers down: a filled mark where a layer writes a group's channels, hollow where it reads."""
+    layers: dict[str, None] = {}
+    for group in rows:
+        layers |= dict.fromkeys(_layers(group.writes))
+    for group in rows:
+        layers |= dict.fromkeys(_layers(group.reads))  # those that only read come last: the classifier
+    place = {layer: at for at, layer in enumerate(layers)}
+    data: list[Trace] = []
+    for at, group in enumerate(rows):
+        touched = [place[layer] for layer in (*_layers(group.writes), *_layers(group.reads))]
+        line = {"color": GRID, "width": 3}
+        data.append(_marks([at, at], [min(touched), max(touched)], mode="lines", line=line) if touched else {})
+    for name, symbol, of in (("reads", "circle-open", "reads"), ("writes", "circle", "writes")):
+        marks = [(at, layer) for at, group in enumerate(rows) for layer in _layers(getattr(group, of))]
+        hover = [f"{label(layer)} {name} {label(rows[at].name)}" for at, layer in marks]
+        data.append(
+            _marks(
+                [at for at, _ in marks],
+                [place[layer] for _, layer in marks],
+                name=name,
+                text=hover,
+                showlegend=True,
+                mode="markers",
+                marker={"symbol": symbol, "size": 9, "color": FOUND, "line": {"width": 1.5}},
+                hovertemplate="%{text}<extra></extra>",
+            )
+        )
+    ticks = {"tickmode": "array", "tickvals": list(place.values()), "ticktext": [label(layer, 24) for layer in layers]}
+    columns = {"tickmode": "array", "tickvals": list(range(len(rows))), "ticktext": [label(g.name, 18) for g in rows]}
+    height = 110 + 18 * len(layers)
+    return _figure(
+        [trace for trace in data if trace], {**columns, "tickangle": -60, "showgrid": False},
+        {**ticks, **_NAMES_DOWN}, height, narrow={"xaxis.showticklabels": False},
+    )  # fmt: skip
+
+
+def _layers(slots: Sequence[str]) -> tuple[str, ...]:
+    """Layers of parameter axes such as ``conv1.weight[0]``, each once."""
+    return tuple(dict.fromkeys(slot.partition("[")[0].rpartition(".")[0] or slot.partition("[")[0] for slot in slots))
+
+
+def _marks(x: Sequence[float], y: Sequence[float], **given: Any) -> Trace:
+    return {"type": "scatter", "x": list(x), "y": list(y), "hoverinfo": "skip", "showlegend": False, **given}
+
+
+def quality(
+    layers: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], title: str
+) -> Figure:
+    """Layers down, epochs of all trials across, the darker the larger."""
+    trace = {
+        "type": "heatmap",
+        "z": [list(row) for row in values],
+        "x": [label(column) for column in columns],
+        "y": [label(layer, 24) for layer in layers],
+        "colorscale": [[0, "#f2f4f8"], [1, FOUND]],
+        "colorbar": {"thickness": 10, "outlinewidth": 0},
+        "hovertemplate": "%{y}, %{x}: %{z:.3g}<extra></extra>",
+    }
+    height = 130 + 18 * len(layers)
+    return _figure([trace], {"title": title, "showgrid": False}, dict(_NAMES_DOWN), height, showlegend=False)

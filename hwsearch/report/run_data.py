@@ -11,6 +11,8 @@ Files and fields that are looked at::
     state/*/checkpoint.safetensors      the training history in its header
     bundle/manifest.json, bundle/verdict.json
     explain.json            layers, stairs and reasons of an explanation
+    space.json              the width groups with their costs, and what is frozen
+    state/quality.jsonl     of CONetV2: quality of every layer after every epoch of its trials
     config.json             settings
 """
 
@@ -65,6 +67,18 @@ class StairLine:
     up: float
     widths: tuple[float, ...]
     ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One width group: its parameter axes as text, and the network's costs at its smallest, middle and full width."""
+
+    name: str
+    units: float
+    widths: tuple[float, ...]
+    writes: tuple[str, ...]
+    reads: tuple[str, ...]
+    costs: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -127,6 +141,8 @@ class RunData:
     settings: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     explanation: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, Any] = field(default_factory=dict)
+    quality: tuple[dict[str, Any], ...] = ()
     seconds: tuple[tuple[str, float], ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -191,6 +207,8 @@ def read_run(folder: Path) -> RunData:
         settings=settings,
         result=result,
         explanation=mapping(read_json(folder / "explain.json", problems)),
+        space=mapping(read_json(folder / "space.json", problems)),
+        quality=tuple(read_json_lines(folder / "state" / "quality.jsonl", problems)),
         seconds=tuple(_seconds(events)),
         problems=tuple(problems),
     )

@@ -24,7 +24,9 @@ from hwsearch.report.page import (
     table,
     text,
 )
+from hwsearch.report.quality_section import quality_section
 from hwsearch.report.run_data import Row, RunData
+from hwsearch.report.space_section import space_section
 from hwsearch.report.values import mapping, positive
 
 _STATES = {"pass": "Pass", "conditional": "Conditional", "fail": "Fail"}
@@ -38,10 +40,12 @@ def run_page(run: RunData, table_folder: Path | None) -> Page:
     page.add(comparison(run))
     page.add(front(page, run))
     page.add(f'<div class="split">{widths(page, run)}{families(page, run)}</div>')
+    page.add(space_section(page, run.space))
     page.add(kernels(page, run))
     page.add(explain_section(page, of_run(run)))
     page.add(card_section(page, table_folder))
     page.add(training(page, run))
+    page.add(quality_section(page, run.quality))
     page.add(provenance(run))
     return page
 

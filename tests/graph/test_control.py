@@ -12,7 +12,7 @@ from torch import nn
 from hwsearch.errors import InputError
 from hwsearch.graph.capture import capture
 from hwsearch.graph.control import GroupRule, apply_rules, bounded, matching
-from hwsearch.graph.space_table import group_costs, space_table
+from hwsearch.graph.space_table import SpaceTable
 from hwsearch.graph.surgery import shrink
 from hwsearch.graph.widths import WidthSpace
 from hwsearch.models import resnet_small
@@ -101,30 +101,32 @@ def test_a_maximum_above_the_network_is_refused(space: WidthSpace) -> None:
 
 
 def test_costs_move_one_group_at_a_time(space: WidthSpace) -> None:
-    costs = group_costs(space, lambda choices: space.macs_array(space.choice_array(choices)))
-    assert [cost.name for cost in costs] == [group.name for group in space.groups]
+    lines = SpaceTable.of(space, space.macs_array).groups
+    assert [line.name for line in lines] == [group.name for group in space.groups]
+    costs = [line.cost for line in lines if line.cost is not None]
+    assert len(costs) == len(lines)
     assert all(cost.smallest < cost.full == space.network.macs for cost in costs)
     assert all(cost.smallest <= cost.middle <= cost.full for cost in costs)
     with pytest.raises(InputError, match="one number per choice"):
-        group_costs(space, lambda choices: [1.0])
+        SpaceTable.of(space, lambda choices: [1.0])
 
 
 def test_table_shows_groups_slots_costs_and_frozen_axes_with_their_line() -> None:
     model = zoo.UnknownOperation()
     space = WidthSpace.from_model(model, torch.zeros(zoo.IMAGE))
-    text = space_table(space, lambda choices: [space.macs(choice) for choice in choices], unit="MACs")
+    text = SpaceTable.of(space, space.macs_array, unit="MACs").text()
     lines = text.splitlines()
     assert lines[0].split() == ["group", "units", "widths", "step", "min", "MACs", "mid", "MACs", "max", "MACs"]
     assert "    writes a.weight[0], a.bias[0]" in lines
     assert "    reads b.weight[1]" in lines
     assert any(re.fullmatch(r"  no rule for cummax at graph_zoo.py:\d+", line) for line in lines)
     assert f"2 groups, 10^{space.log10_size:.1f} choices" in lines
-    assert "MACs" not in space_table(space)
-    assert "writes" not in space_table(space, slots=False)
+    assert "MACs" not in SpaceTable.of(space).text()
+    assert "writes" not in SpaceTable.of(space).text(slots=False)
 
 
 def test_table_marks_groups_whose_channels_are_mixed() -> None:
     space = WidthSpace.from_model(zoo.SpatialAttention(), torch.zeros(zoo.IMAGE))
-    text = space_table(space)
+    text = SpaceTable.of(space).text()
     assert "a *" in text
     assert "* an operation mixes over these channels" in text

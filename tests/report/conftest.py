@@ -79,6 +79,21 @@ def explanation(reason: str = "stem.0: 30 channels run as 32: 28 would save 0.12
     }  # fmt: skip
 
 
+def width_space() -> dict[str, Any]:
+    """What a run's preparation leaves in ``space.json``."""
+    groups = [
+        {"name": name, "units": units, "widths": list(range(8, units + 1, 8)), "step": 8,
+         "writes": [f"{name}.weight[0]", f"{name}.bn.bias[0]"], "reads": [f"{after}.weight[1] x4"], "mixed": False,
+         "cost": {"smallest": 1.0, "middle": 1.5, "full": 2.0}}
+        for name, units, after in zip(GROUPS, FULL, [*GROUPS[1:], "classifier"], strict=True)
+    ]  # fmt: skip
+    return {
+        "schema": "hwsearch.space", "version": 1, "groups": groups, "log10_size": 8.1, "unit": "ms",
+        "frozen": {"it is the network's output": ["classifier.weight axis 0"]}, 
+        "unknown_operations": ["aten.x at a.py:3"],
+    }  # fmt: skip
+
+
 def write_run(folder: Path, *, status: str = "pass", candidates: int = 400) -> Path:
     """A whole run; ``status`` is that of its verdict."""
     rng = np.random.default_rng(0)
@@ -189,6 +204,7 @@ def write_run(folder: Path, *, status: str = "pass", candidates: int = 400) -> P
         ("summary.json", summary),
         ("config.json", config),
         ("explain.json", explanation()),
+        ("space.json", width_space()),
         ("bundle/manifest.json", manifest),
         ("bundle/verdict.json", verdict),
     ):

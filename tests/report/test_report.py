@@ -17,7 +17,10 @@ from hwsearch.errors import InputError
 from hwsearch.report import report
 
 DAMAGE = ["", "{", "[]", "null", "3", '{"rows": 3}', '{"limits": [[]], "candidates": {}}', "[[[]]]"]
-FILES = ["result.json", "summary.json", "config.json", "explain.json", "bundle/manifest.json", "bundle/verdict.json"]
+FILES = [
+    "result.json", "summary.json", "config.json", "explain.json", "space.json", "bundle/manifest.json",
+    "bundle/verdict.json",
+]  # fmt: skip
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 LOADS = {"src", "href", "srcset", "data", "action", "poster", "formaction", "background", "xlink:href"}
 
@@ -97,7 +100,7 @@ def test_a_whole_run_shows_its_answer_and_every_section(run_folder: Path) -> Non
         "14.2 M", "310 k", "outputs agree", "Why it is not faster", "28 would save 0.12 ms (8 %)",
     ):  # fmt: skip
         assert words in outline.text, words
-    assert len(figures(page)) == 11
+    assert len(figures(page)) == 12
     assert outline.text.index("budget") < outline.text.index("Comparison")
 
 
@@ -199,7 +202,7 @@ def test_a_damaged_file_is_left_out_and_named(name: str, content: str, run_folde
 def test_values_of_other_kinds_are_left_out(run_folder: Path) -> None:
     """Every number of the files becomes each of these once."""
     for bad in (None, "many", [], {}, True, -1, 1e400, float("nan")):
-        for name in ("result.json", "summary.json", "bundle/manifest.json", "explain.json"):
+        for name in ("result.json", "summary.json", "bundle/manifest.json", "explain.json", "space.json"):
             original = (run_folder / name).read_text()
 
             def spoil(value: Any, bad: Any = bad) -> Any:
@@ -324,6 +327,42 @@ def test_why_it_is_not_faster(run_folder: Path) -> None:
     names = [trace["name"] for trace in fc["data"][1:]]
     assert names == ["down to 248", "now 254", "free up to 256"]
     assert "30 as 32" in outline.text
+
+
+def test_the_width_groups_are_drawn(run_folder: Path) -> None:
+    page, outline = read(report(run_folder))
+    (drawn,) = (f for f in figures(page).values() if [t.get("name") for t in f["data"]][-2:] == ["reads", "writes"])
+    writes, reads = drawn["data"][-1], drawn["data"][-2]
+    layers = drawn["layout"]["yaxis"]["ticktext"]
+    columns = drawn["layout"]["xaxis"]["ticktext"]
+    assert layers[-1] == "classifier"  # it writes no group
+    written = {(columns[x], layers[y]) for x, y in zip(writes["x"], writes["y"], strict=True)}
+    assert {("stem.0", "stem.0"), ("stem.0", "stem.0.bn")} <= written
+    assert (columns[-1], "classifier") in {(columns[x], layers[y]) for x, y in zip(reads["x"], reads["y"], strict=True)}
+    for words in ("10^8.1 networks", "8 to 32 (4)", "it is the network's output", "aten.x at a.py:3"):
+        assert words in outline.text, words
+    (run_folder / "space.json").unlink()
+    assert "Width groups" not in read(report(run_folder))[1].text
+
+
+def test_layer_quality_is_drawn_over_the_epochs(run_folder: Path) -> None:
+    def side(layer: str, kind: str, value: float) -> dict[str, Any]:
+        return {"parameter": f"{layer}.weight", "side": kind, "quality": value}
+
+    lines = [{"schema": "hwsearch.layer_quality", "version": 1}]
+    lines += [
+        {"trial": t, "epoch": e, "layers": [side("a", "outputs", t + e / 10), side("b", "inputs", 0.5)]}
+        for t in range(2) for e in range(2)
+    ]  # fmt: skip
+    (run_folder / "state").mkdir(exist_ok=True)
+    (run_folder / "state" / "quality.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page, outline = read(report(run_folder))
+    maps = [trace for figure in figures(page).values() for trace in figure["data"] if trace.get("type") == "heatmap"]
+    assert [(m["x"], m["y"], m["z"]) for m in maps] == [
+        (["1.1", "1.2", "2.1", "2.2"], ["a"], [[0, 0.1, 1, 1.1]]),
+        (["1.1", "1.2", "2.1", "2.2"], ["b"], [[0.5] * 4]),
+    ]
+    assert "Quality of the layers" in outline.text
 
 
 def test_an_explanation_without_stairs_says_why(run_folder: Path) -> None:
