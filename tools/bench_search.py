@@ -389,11 +389,11 @@ def search(ready: Ready, rows: Rows, seeds: int, methods: Sequence[str], shares:
     for seed in range(seeds):
         shared = Seed(ready, seed, rows.path.parent / "search")
         for share in shares or ready.setting.shares:
-            for method in methods or METHODS:
+            for method in [name for name in METHODS if not methods or name in methods]:
                 if not rows.has_any("search", ready.name, method, share, seed):
                     rows.check()
                     METHODS[method](shared, rows, method, share)
-        for ratio in UNIFORM:
+        for ratio in UNIFORM if not methods or "uniform" in methods else ():
             choice = ready.space.uniform(ratio)
             key = ("search", ready.name, "uniform", ratio, seed, text(choice.widths))
             if not rows.has(*key):
@@ -782,7 +782,8 @@ def main() -> int:
     parser.add_argument("--setting", default="resnet-14", choices=list(SETTINGS))
     parser.add_argument("--output", type=Path, nargs="+", default=[Path("build/search.csv")])
     parser.add_argument("--seeds", type=int, default=6, help="of search")
-    parser.add_argument("--method", action="append", default=[], choices=list(METHODS), help="of search; all of them")
+    every = ["uniform", *METHODS]
+    parser.add_argument("--method", action="append", default=[], choices=every, help="of search; all of them")
     parser.add_argument("--share", action="append", default=[], type=float, help="of search; all of the setting's")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the line that ends later")
     asked = parser.parse_args()
