@@ -38,10 +38,8 @@ def test_every_recipe_is_a_config_that_is_tried_here() -> None:
         assert config.data.folder is not None
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_runs_on_a_folder_of_the_same_layout(recipe: Path, tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
+def run_recipe(recipe: Path, tmp_path: Path, *launcher: str) -> str:
+    """Search by a recipe on a stand-in folder, started as ``launcher`` says; what it told on standard error."""
     maker, mmacs, shape, changes = SMALL[recipe.stem]
     folder = getattr(stand_ins, maker)(tmp_path, images=32, noise=True)
     settings = [
@@ -55,7 +53,7 @@ def test_a_recipe_runs_on_a_folder_of_the_same_layout(recipe: Path, tmp_path: Pa
     text = "\n".join(line for line in recipe.read_text().splitlines() if not line.startswith("epochs"))
     (tmp_path / recipe.name).write_text(text)
     command = [
-        sys.executable, str(REPOSITORY / "examples" / "recipes" / "search.py"), str(tmp_path / recipe.name),
+        sys.executable, *launcher, str(REPOSITORY / "examples" / "recipes" / "search.py"), str(tmp_path / recipe.name),
         "--mmacs", str(mmacs), *(part for change in settings for part in ("--set", change)),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -64,4 +62,18 @@ def test_a_recipe_runs_on_a_folder_of_the_same_layout(recipe: Path, tmp_path: Pa
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert 0 < result["mmacs"] <= mmacs
     assert 0 <= result["test"] <= 1
-    assert "widths by macs" in done.stderr
+    return done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_runs_on_a_folder_of_the_same_layout(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    assert "widths by macs" in run_recipe(recipe, tmp_path)
+
+
+@pytest.mark.long
+def test_a_recipe_runs_under_torchrun(tmp_path: Path) -> None:
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "cifar10_vgg19")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert "widths by macs" in run_recipe(recipe, tmp_path, *launcher)
