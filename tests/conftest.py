@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files at the top go first: whole runs are the longest, and a long file begun last leaves a core idle."""
+    items.sort(key=lambda item: len(item.path.parts))
+
+
 @pytest.fixture(autouse=True)
 def _honour_the_timing_lock(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test marked ``serial`` or ``real`` may time something and takes the exclusive side itself."""
