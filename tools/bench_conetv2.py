@@ -5,6 +5,7 @@
     python tools/bench_conetv2.py claim  --network resnet --part unequal          # widths of all sizes
     python tools/bench_conetv2.py claim  --network resnet --part equal            # widths of nearly equal MACs
     python tools/bench_conetv2.py search --network resnet --device NAME           # found against uniform, paired seeds
+    python tools/bench_conetv2.py measure --network resnet --device NAME          # milliseconds of what search found
     python tools/bench_conetv2.py report                                          # tables from what is on the disk
 
 **claim** trains a fixed list of random widths from scratch, all by the same recipe and from the same seed, and writes
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from width_timing import measured_ms
 
 from hwsearch.console import Console
 from hwsearch.device.spec import Device
@@ -67,6 +69,7 @@ SEARCH_HEADER = (
     "network", "device", "budget_ms", "seed", "method", "widths", "predicted_ms", "macs", "parameters", "accuracy",
     "loss",
 )  # fmt: skip
+MEASURED_HEADER = ("network", "device", "widths", "measured_ms")
 METRICS = ("quality", "published_quality", "rank", "gain", "stable_rank", "macs", "parameters")
 METHODS = ("uniform", "metropolis", "conetv2")
 RESAMPLES = 2000  # of the bootstrap
@@ -192,6 +195,20 @@ def run_search(network: str, device_name: str, methods: Sequence[str], output: P
             console.say(f"{network} seed {seed} {method}: {ms:.4g} ms predicted, accuracy {tested.metric:.4f}")
 
 
+def run_measure(network: str, device_name: str, output: Path, console: Console) -> None:
+    """Measure every network of ``search.csv`` that has no measured row yet."""
+    path = output / "measured.csv"
+    model, space = model_and_space(network)
+    known = {(row["network"], row["device"], row["widths"]) for row in rows_of(path)}
+    wanted = {row["widths"] for row in rows_of(output / "search.csv") if row["network"] == network}
+    missing = sorted(widths for widths in wanted if (network, device_name, widths) not in known)
+    choices = [WidthChoice(tuple(map(int, widths.split()))) for widths in missing]
+    for choice, ms in measured_ms(model, space, torch.zeros(INPUT), choices, device_name):
+        widths = " ".join(map(str, choice.widths))
+        append(path, MEASURED_HEADER, (network, device_name, widths, f"{ms:.6g}"))
+        console.say(f"{network} {widths}: {ms:.4g} ms measured")
+
+
 def latency_on(device_name: str, space: WidthSpace, console: Console) -> NetworkLatency:
     """Predicted milliseconds on a device that was profiled before; nothing is timed here."""
     folder = Device.load(device_name).table_folder / PREDICTOR
@@ -230,7 +247,7 @@ def run_report(output: Path, console: Console) -> None:
     claim, search = rows_of(output / "claim.csv"), rows_of(output / "search.csv")
     if not claim and not search:
         raise InputError(f"{output} holds no finished row: run claim or search first")
-    for line in [*claim_table(claim), "", *search_table(search)]:
+    for line in [*claim_table(claim), "", *search_table(search, rows_of(output / "measured.csv"))]:
         console.show(line)
     console.show("")
     console.show(f"Python {platform.python_version()}, torch {torch.__version__}, 1 thread.")
@@ -279,10 +296,12 @@ def bootstrap(values: np.ndarray, accuracy: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def search_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Each method against uniform scaling of the same seed."""
+def search_table(rows: Sequence[Mapping[str, str]], measured: Sequence[Mapping[str, str]]) -> list[str]:
+    """Each method against uniform scaling of the same seed; milliseconds are measured ones where all of them are."""
+    known = {(row["network"], row["device"], row["widths"]): row["measured_ms"] for row in measured}
+    kind = "measured" if all((r["network"], r["device"], r["widths"]) in known for r in rows) else "predicted"
     lines = [
-        "| network | device | budget ms | method | seeds | predicted ms, mean (range) | MMACs | accuracy, mean ± sd | "
+        f"| network | device | budget ms | method | seeds | {kind} ms, mean (range) | MMACs | accuracy, mean ± sd | "
         "against uniform, mean ± sd of pairs | better in |",
         "|---" * 10 + "|",
     ]
@@ -294,7 +313,9 @@ def search_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
             if not found:
                 continue
             accuracy = np.array([float(row["accuracy"]) for row in found.values()])
-            ms = np.array([float(row["predicted_ms"]) for row in found.values()])
+            keys = [(network, device, row["widths"]) for row in found.values()]
+            times = [known[key] for key in keys] if kind == "measured" else [r["predicted_ms"] for r in found.values()]
+            ms = np.array(times, dtype=float)
             macs = np.array([float(row["macs"]) for row in found.values()]) / 1e6
             pairs = np.array([float(found[seed]["accuracy"]) - base[seed] for seed in found if seed in base])
             against = better = ""
@@ -336,7 +357,7 @@ def append(path: Path, header: Sequence[str], values: Iterable[Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("plan", "claim", "search", "report"))
+    parser.add_argument("step", choices=("plan", "claim", "search", "measure", "report"))
     parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet")
     parser.add_argument("--part", choices=("unequal", "equal"), default="unequal")
     parser.add_argument("--device", default="simulated", help="a profiled device; only its predictor is used")
@@ -352,6 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_claim(asked.network, asked.part, asked.output, console)
         elif asked.step == "search":
             run_search(asked.network, asked.device, asked.methods, asked.output, console)
+        elif asked.step == "measure":
+            run_measure(asked.network, asked.device, asked.output, console)
         else:
             run_report(asked.output, console)
     except HwsearchError as error:

@@ -104,6 +104,7 @@ def bench(name: str, factory: Callable[[], nn.Module], shape: tuple[int, ...], s
         session,
         reference_ms=check.reference_ms if check else None,
         noise_floor=check.noise_floor if check else None,
+        allow_unfolded=True,
     )
     nodes = [len(kernels) for kernels in session.lower([unfolded, folded])]
     return Row(

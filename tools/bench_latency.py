@@ -115,6 +115,7 @@ def run_measure(device: Device, networks: Sequence[Unseen], number: int, console
                 reference_ms=check.reference_ms,
                 noise_floor=check.noise_floor,
                 settings=replace(MEASURE, seed=1000 * number + at),
+                allow_unfolded=True,
             )
             with path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")

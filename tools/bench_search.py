@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from width_timing import measured_ms, text
 
 from hwsearch.device.spec import Device
 from hwsearch.errors import HwsearchError, InputError
@@ -216,11 +217,6 @@ class Rows:
         if time.monotonic() > self.stop:
             print("time is over; the same command goes on", file=sys.stderr)
             raise SystemExit(0)
-
-
-def text(widths: Sequence[int]) -> str:
-    """Widths as they stand in the file."""
-    return "-".join(map(str, widths))
 
 
 # ---------------------------------------------------------------- ranking
@@ -550,33 +546,19 @@ METHODS: dict[str, Callable[[Seed, Rows, str, float], None]] = {
 
 def measure_rows(ready: Ready, path: Path, device_name: str) -> None:
     """Measure every network of the file that has no measured line yet; each is a line ``measured`` of its own."""
-    from hwsearch.device.session import open_session
-    from hwsearch.graph.onnx_build import OnnxTemplate
-    from hwsearch.latency.measure import measure_many
-    from hwsearch.latency.profile import current_check
-    from hwsearch.reparam.fold import fold
-
     rows = Rows(path, float("inf"))
     fine = ready.one_channel()
     wanted = sorted({key[5] for key in rows.known if key[1] == ready.name and key[0] in ("search", "full")})
     every = [text(ready.space.full().widths), *wanted]
     missing = [w for w in every if not rows.has("measured", ready.name, "", "", "", w)]
-    device = Device.load(device_name)
+    choices = [WidthChoice(tuple(map(int, w.split("-")))) for w in missing]
     example = torch.zeros(1, 1, ready.setting.side, ready.setting.side)
-    with open_session(device) as session:
-        reference_ms = current_check(device, session, lambda line: print(line, file=sys.stderr)).reference_ms
-        template = OnnxTemplate(fine.space, fold(ready.model, example, require=False), example)
-        for start in range(0, len(missing), 12):
-            part = missing[start : start + 12]
-            choices = [WidthChoice(tuple(map(int, w.split("-")))) for w in part]
-            files = [(w, template.slice(choice)) for w, choice in zip(part, choices, strict=True)]
-            timings = measure_many(files, session, reference_ms=reference_ms)
-            for w, choice, found in zip(part, choices, timings, strict=True):
-                rows.add(
-                    ("measured", ready.name, "", "", "", w),
-                    predicted_ms=float(fine.latency.evaluate([choice.widths])[0]),
-                    note=f"{found.measured_ms:.6g} ms measured",
-                )  # fmt: skip
+    for choice, ms in measured_ms(ready.model, fine.space, example, choices, device_name):
+        rows.add(
+            ("measured", ready.name, "", "", "", text(choice.widths)),
+            predicted_ms=float(fine.latency.evaluate([choice.widths])[0]),
+            note=f"{ms:.6g} ms measured",
+        )
 
 
 def report(paths: Sequence[Path]) -> None:
