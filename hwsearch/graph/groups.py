@@ -87,7 +87,7 @@ def make_group(
         for (name, axis), positions in zip(unit.slots, unit.positions, strict=True)
     )
     touched = {slot.parameter for slot in slots}
-    layers = dict.fromkeys(layer.name for layer in network.layers if _touches(layer, touched))
+    layers = dict.fromkeys(layer.name for layer in network.layers if touches(layer, touched))
     first = next((slot.parameter for slot in slots if not slot.reads), slots[0].parameter)
     units = int(slots[0].positions.shape[0])
     group = WidthGroup(first.rpartition(".")[0] or first, units, 1, 1, slots, tuple(layers), (units,), unit.neutral)
@@ -107,5 +107,6 @@ def check_settings(quantum: int, minimum: int | float | None) -> None:
     raise InputError(f"minimum must be a number of units (1 or more) or a share in (0, 1], got {minimum!r}")
 
 
-def _touches(layer: Layer, parameters: set[str]) -> bool:
+def touches(layer: Layer, parameters: set[str]) -> bool:
+    """Whether a layer owns, or has beside its weight, one of these parameters."""
     return layer.weight in parameters or any(name.rpartition(".")[0] == layer.name for name in parameters)

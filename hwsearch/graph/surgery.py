@@ -16,6 +16,7 @@ import numpy as np
 
 from hwsearch.errors import InputError, UnsupportedModelError
 from hwsearch.graph.capture import evaluation_mode, first_line, try_forward
+from hwsearch.graph.foldable import folding_blocks
 from hwsearch.graph.widths import IntArray, WidthChoice, WidthSpace
 
 if TYPE_CHECKING:
@@ -163,6 +164,8 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             setattr(module, local, new)
     for module in model.modules():
         _fix_attributes(module)
+    for block in folding_blocks(model).values():
+        block.sizes_changed()
 
 
 def _fix_attributes(module: nn.Module) -> None:

@@ -18,6 +18,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hwsearch.errors import InputError
+from hwsearch.graph.foldable import (
+    FoldingBlock,
+    folded_network,
+    folding_blocks,
+    moved_products,
+    with_folded,
+    without_inner,
+)
 from hwsearch.graph.groups import IntArray, Slot, WidthGroup, check_settings, make_group
 
 if TYPE_CHECKING:
@@ -95,6 +103,8 @@ class WidthSpace:
     ) -> WidthSpace:
         """Capture ``model``, extract its dependencies and build the space.
 
+        Blocks of branches (``ODBB``) are seen as what they fold into, see ``hwsearch.graph.foldable``.
+
         Args:
             quantum: allowed widths are multiples of this many channels (and always the full width). A group whose
                 units are several channels each (grouped convolutions) needs fewer units for it.
@@ -129,11 +139,17 @@ class WidthSpace:
             groups.append(group)
             group_of.update(dict.fromkeys(unit.roots.tolist(), group))
         products = _products(network, found.products, group_of)
+        blocks = folding_blocks(model)
+        if blocks:
+            groups, inner = without_inner(groups, blocks)
+            reasons |= dict.fromkeys(inner, "it lies inside a branch, which the folded layer has none of")
         space = cls(tuple(groups), network, reasons, found.unknown, model, products)
         if verify and groups:
             from hwsearch.graph.verification import freeze_failing
 
             space = freeze_failing(model, space)
+        if blocks:
+            space = _seen_folded(space, folded_network(model, example_input, blocks), blocks)
         if not space.groups:
             raise InputError(f"no width of {type(model).__name__} can change: {_main_reason(space)}")
         return space
@@ -310,6 +326,14 @@ def _products(
                 rest //= len(roots)
             found.append(WidthProduct(layer_of[product.node], rest, tuple(axes)))
     return tuple(found)
+
+
+def _seen_folded(space: WidthSpace, network: Network, blocks: dict[str, FoldingBlock]) -> WidthSpace:
+    """The space of an unfolded network with the layers, costs and parameter names of the folded one as well."""
+    groups = with_folded(space.groups, network, blocks)
+    renamed = {old.name: new.name for old, new in zip(space.groups, groups, strict=True)}
+    products = moved_products(space.products, space.network, network, renamed)
+    return replace(space, groups=groups, network=network, products=products)
 
 
 def _main_reason(space: WidthSpace) -> str:

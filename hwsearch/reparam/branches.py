@@ -109,6 +109,16 @@ class Branch(nn.Module):
             raise InputError(f"branch {self.kind!r} has no module named norm")
         return norm
 
+    def ends(self) -> tuple[str, str] | None:
+        """Weights whose axis 1 holds the block's inputs and whose axis 0 its outputs; None where there are not both."""
+        return None
+
+    def resize(self, host: ConvShape) -> None:
+        """Stand beside a host of other channels; the branch's own parameters have them already."""
+        self.host = host
+        if isinstance(shape := getattr(self, "shape", None), ConvShape):
+            self.shape = _with_channels_of(host, shape)
+
     def forward(self, x: Tensor) -> Tensor:
         """The branch alone on a bare input (N, C, H, W)."""
         return self.run(Source(x, self.host))
@@ -149,6 +159,9 @@ class ConvBranch(Branch):
         own = self.shape if self.pads_itself else replace(self.shape, padding=((0, 0), (0, 0)))
         self.conv = own.layer(bias, **factory)
         self.norm = norm(host.out_channels)
+
+    def ends(self) -> tuple[str, str]:
+        return "conv.weight", "conv.weight"
 
     def run(self, source: Source) -> Tensor:
         out: Tensor = self.norm(self.conv(source.x if self.pads_itself else source.window(self.shape)))
@@ -210,6 +223,17 @@ class SequenceBranch(Branch):
             self.conv = inner.layer(False, **factory)
         self.norm = norm(host.out_channels)
 
+    def ends(self) -> tuple[str, str] | None:
+        if self.bare:
+            return None
+        return "pointwise.weight", "pointwise.weight" if self.averages else "conv.weight"
+
+    def resize(self, host: ConvShape) -> None:
+        self.host = host
+        for conv in (self.pointwise, getattr(self, "conv", None)):
+            if isinstance(conv, nn.Conv2d):  # its groups do not follow from its shape where it has two inputs a group
+                conv.groups, conv.in_channels = host.groups, conv.weight.shape[1] * host.groups
+
     def run(self, source: Source) -> Tensor:
         inside = self.bare or self.border == "pad_first"
         y = self.inner_norm(self.pointwise(source.padded if inside else source.x))
@@ -264,8 +288,19 @@ class SeparableBranch(Branch):
         out: Tensor = self.norm(self.last(y))
         return out
 
+    def resize(self, host: ConvShape) -> None:
+        self.host = host
+        times = self.depthwise.out_channels // self.depthwise.in_channels
+        self.shape = replace(
+            self.shape, in_channels=host.in_channels, out_channels=host.in_channels * times, groups=host.in_channels
+        )
+
     def conv_map(self) -> ConvMap:
         return compose_depthwise(ConvMap.of(self.depthwise, self.shape), ConvMap.of(self.last)).then_norm(self.norm)
+
+
+def _with_channels_of(host: ConvShape, shape: ConvShape) -> ConvShape:
+    return replace(shape, in_channels=host.in_channels, out_channels=host.out_channels, groups=host.groups)
 
 
 #: All kinds of branches, in the order in which a block holds them.

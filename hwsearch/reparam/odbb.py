@@ -10,6 +10,7 @@ Reference: Zhang et al., RepNAS, 2021 (Optimal Diverse Branch Block); Ding et al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -215,6 +216,32 @@ class ODBB(nn.Module):
             )
         conv.weight, conv.bias = nn.Parameter(weight, learns), nn.Parameter(bias, learns)
         return conv.train(self.training)
+
+    def folded_axes(self) -> tuple[tuple[tuple[str, int], tuple[str, int]], ...]:
+        """Axes of the folded convolution's parameters with the block's own of the same channels; () once folded, or
+        without a branch of one convolution or two (see ``hwsearch.graph.foldable``)."""
+        for name, branch in self.branches.items() if self.folded is None else ():
+            assert isinstance(branch, Branch)  # an ODBB holds nothing else
+            if ends := branch.ends():
+                first, last = (f"branches.{name}.{end}" for end in ends)
+                return (("weight", 1), (first, 1)), (("weight", 0), (last, 0)), (("bias", 0), (last, 0))
+        return ()
+
+    def sizes_changed(self) -> None:
+        """Follow parameters and buffers whose shapes or values were exchanged: the host's channels, and the mask."""
+        _read_mask(self, None)
+        axes = dict(self.folded_axes())
+        if not axes:
+            return
+        last = self.get_parameter(axes["weight", 0][0])
+        first = self.get_parameter(axes["weight", 1][0])
+        convs = {f"{name}.weight": m for name, m in self.named_modules() if isinstance(m, nn.Conv2d)}
+        groups = convs[axes["weight", 1][0]].groups
+        host = replace(self.host, in_channels=first.shape[1] * groups, out_channels=last.shape[0], groups=groups)
+        self.host = host
+        for branch in self.branches.values():
+            if isinstance(branch, Branch):
+                branch.resize(host)
 
     def fuse(self) -> nn.Conv2d:
         """``fold``, under the name that timm's ``reparameterize_model`` and YOLO tools look for."""

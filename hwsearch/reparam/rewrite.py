@@ -48,7 +48,7 @@ def reparametrize(
         model: any mode; may be a single convolution's parent, not a bare convolution.
         branches: a block's name (``BLOCKS``), kinds, or a function of (name, shape) that gives one of these or None.
         layers: patterns of names of the convolutions that become blocks.
-        border, post_norm, middle_ratio: see ``ODBB``.
+        border, post_norm, middle_ratio: see ``ODBB``. For depth-wise blocks whose widths are searched the ratio is 1.
         keep: new branches start at zero; without it they start as fresh layers do.
         norm: makes the batch norms of new branches.
         example_input: where the graph cannot be read without one, see ``plan_fold``.

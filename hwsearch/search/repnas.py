@@ -1,9 +1,13 @@
 """RepNAS: search which branches each block of a network trains with.
 
-One training run: random subsets of branches first, then weights and scores together on the same batches, then the best
-subset alone, with its inherited weights and the same learning rate schedule. The branches are folded afterwards, so a
-budget in branches (the paper's), multiply-adds or activation memory limits what *training* costs; a budget in
-milliseconds limits the folded network, which gets faster where only small branches are left.
+Random subsets of branches train first, then weights and scores together on the same batches, then the best subset
+alone. In the paper that is one run, with inherited weights and one learning rate schedule. Here (``restart``) the
+search is short, and the best subset is trained from the weights that the search began with: while subsets are drawn,
+weights before a batch norm grow, and what follows in a run of ordinary length moves them little.
+
+The branches are folded afterwards, so a budget in branches (the paper's), multiply-adds or activation memory limits
+what *training* costs; a budget in milliseconds limits the folded network, which gets faster where only small branches
+are left. ``RepNASConfig.published()`` is the paper's search.
 
 Reference: Zhang et al., "RepNAS: Searching for Efficient Re-parameterizing Blocks", 2021, and its published code.
 """
@@ -13,7 +17,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +35,7 @@ from hwsearch.search.repnas_space import BranchSpace, Floats, FoldedMs, Mask, Pr
 from hwsearch.train import processes
 from hwsearch.train.data import Batch
 from hwsearch.train.loop import Progress, TrainConfig, evaluate, run_steps
+from hwsearch.train.loop import train as fit
 from hwsearch.train.task import Evaluation, Task
 
 if TYPE_CHECKING:
@@ -39,8 +44,8 @@ if TYPE_CHECKING:
 
 SCHEMA, VERSION = "hwsearch.branch_result", 1
 
-#: How far a score may travel in the paper's search: 35 epochs of 5,004 steps of Adam at 1e-4.
-_TRAVEL = 17.5
+#: How far chance alone may move a score in a search, whose noise has a standard deviation of 1.8.
+_WANDER = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,17 @@ class RepNASConfig:
         branches: at most so many branches, beside a budget in ``ms``.
         warmup: share of all steps in which subsets are drawn evenly (the paper: 15 of 150 epochs).
         search: share of all steps until the subset is fixed (50 of 150).
-        alpha_rate: Adam's rate of the scores; ``None``: what lets a score travel as far as in the paper, however few
-            the steps are (the paper: 1e-4 over 175,000 steps).
+        restart: search at the full learning rate, then train the best subset for the steps that are left, with their
+            own schedule, from the weights that the search began with. The paper: False, one run.
+        alpha_rate: Adam's rate of the scores; ``None``: as ``travel`` says.
+        travel: how far a score can move in a search, steps times rate (the paper: 17.5, which is 1e-4 in each of
+            175,000 steps); ``None``: the rate with which n steps of random sign move it by half a unit, 0.5 / sqrt(n).
         alpha_betas, alpha_decay: Adam's; the decay (added to the gradient) is annealed to 0 over the search.
         floor: branches that every layer keeps at least; 0, as in the paper, lets a layer be its identity alone.
+        whole: the branch that a layer keeps at least can be any kernel of the layer's size (kxk or 1x1-kxk). ``None``:
+            so, unless the budget is in ``ms``, which needs smaller kernels. The paper: False.
+        balance: while subsets are drawn a block's sum of n branches is divided by sqrt(n), and what is fixed keeps its
+            share in its batch norms; the paper adds up whatever runs.
         reset_norms: forget running statistics when the subset is fixed: each branch saw its own batches only.
         clip: largest norm of all gradients of the weights; ``None``: not clipped.
         training: of the whole run.
@@ -63,15 +75,40 @@ class RepNASConfig:
 
     budget: BranchBudget = field(default_factory=BranchBudget)
     branches: int | None = None
-    warmup: float = 0.1
-    search: float = 1 / 3
+    warmup: float = 0.05
+    search: float = 0.15
+    restart: bool = True
     alpha_rate: float | None = None
+    travel: float | None = None
     alpha_betas: tuple[float, float] = (0.5, 0.999)
     alpha_decay: float = 5e-4
     floor: int = 1
+    whole: bool | None = None
+    balance: bool = True
     reset_norms: bool = True
     clip: float | None = 5.0
     training: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def published(cls, **changes: Any) -> RepNASConfig:
+        """The paper's search, as its code runs it; ``changes`` override any field. The rate of the scores is such that
+        one may travel as far as there, however few the steps are, unless ``alpha_rate`` is given.
+
+        Example:
+            >>> RepNASConfig.published(floor=1).restart
+            False
+        """
+        paper: dict[str, Any] = {
+            "warmup": 0.1, "search": 1 / 3, "restart": False, "travel": 17.5, "floor": 0, "whole": False,
+            "balance": False,
+        }  # fmt: skip
+        return cls(**{**paper, **changes})
+
+    def rate_of_scores(self, steps: int) -> float:
+        """Adam's rate of the scores in a search of this many steps."""
+        if self.alpha_rate is not None:
+            return self.alpha_rate
+        return _WANDER / max(steps, 1) ** 0.5 if self.travel is None else self.travel / max(steps, 1)
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.search < 1:
@@ -172,7 +209,8 @@ class RepNAS:
         if self.folded is not None:
             limit = config.budget.limit
             return choose_within_ms(self.space, scores, self.folded, limit, config.branches, config.floor)
-        return choose(self.space, scores, self.costs, config.budget.amount(self.costs), config.floor)
+        whole = config.whole is not False
+        return choose(self.space, scores, self.costs, config.budget.amount(self.costs), config.floor, whole)
 
     def search(
         self, train: Any, valid: Any, *, folder: Path | None = None, progress: Progress | None = None
@@ -185,27 +223,48 @@ class RepNAS:
         task = as_task(train, valid)
         with tempfile.TemporaryDirectory(prefix="hwsearch-") as temporary:
             where = Path(temporary) if folder is None else Path(folder)
-            net = _Net(self.model, self.space)
-            total = self.config.training.total_steps(len(task.train))
-            run_steps(
-                net, task.train, self.config.training, self._step(net, task, total), identity=self._identity(),
-                folder=None if folder is None else where / "state", progress=progress,
-            )  # fmt: skip
+            net = _Net(self.model, self.space, keep=self.config.restart)
+            training, state = self.config.training, where / "state" if folder is not None else None
+            total = training.total_steps(len(task.train))
+            if not self.config.restart:
+                self._run(net, task, training, total, state, progress)
+            else:
+                _, fixed = self.phases(total)
+                searching = replace(training, steps=fixed, warmup=0.0, final_rate=training.learning_rate)
+                self._run(net, task, searching, total, state, progress)
+                net.fix(self.select(net.alpha.numpy()), self.config.reset_norms)
+                net.rewind()
+                self.space.apply(self.model, net.chosen())
+                fit(
+                    self.model, task, replace(training, steps=total - fixed),
+                    folder=None if state is None else state / "train", progress=_after(progress, fixed, total),
+                )  # fmt: skip
             self.space.apply(self.model, net.chosen())
             result = self._result(net, evaluate(self.model, task, task.valid, self.config.training), total)
             if folder is not None:
                 result.save(where / "branches.json")
         return result
 
+    def _run(
+        self, net: _Net, task: Task, training: TrainConfig, total: int, folder: Path | None, progress: Progress | None
+    ) -> None:
+        run_steps(
+            net, task.train, training, self._step(net, task, total), identity=self._identity(), folder=folder,
+            progress=_after(progress, 0, total),
+        )  # fmt: skip
+
     def _step(self, net: _Net, task: Task, total: int) -> Any:
         config = self.config
         warm, fixed = self.phases(total)
-        rate = config.alpha_rate if config.alpha_rate is not None else _TRAVEL / max(fixed - warm, 1)
+        rate = config.rate_of_scores(fixed - warm)
 
         def step(number: int, batch: Batch) -> Tensor:
             if number >= fixed:
                 if number == fixed:
-                    net.fix(self.select(net.alpha.numpy()), config.reset_norms)
+                    mask = self.select(net.alpha.numpy())
+                    net.fix(mask, config.reset_norms)
+                    if config.balance:
+                        self.space.absorb(self.model, self.space.shares(self.model, mask))
                 self.space.apply(self.model, net.chosen())
                 return self._backward(task.loss(net(batch[0]), batch), None)
             drawn = noise(config.training.seed, number, self.space.legal.shape)
@@ -213,7 +272,7 @@ class RepNAS:
             mask = self.select(scores)
             net.sampled += torch.from_numpy(mask.astype(np.float64))
             gate = torch.from_numpy(mask.astype(np.float32)).requires_grad_()
-            self.space.apply(self.model, mask, gate)
+            self.space.apply(self.model, mask, gate, self.space.shares(self.model, mask) if config.balance else None)
             loss = self._backward(task.loss(net(batch[0]), batch), gate)
             if number >= warm and gate.grad is not None:
                 gradient = gate_gradient(mask, scores, gate.grad.double().numpy())
@@ -277,9 +336,13 @@ class _Net(nn.Module):
     sampled: Tensor
     fixed: Tensor
 
-    def __init__(self, model: nn.Module, space: BranchSpace) -> None:
+    def __init__(self, model: nn.Module, space: BranchSpace, *, keep: bool) -> None:
         super().__init__()
         self.model = model
+        tensors = model.state_dict() if keep else {}
+        self._kept = {name: f"kept_{number}" for number, name in enumerate(tensors)}
+        for name, buffer in self._kept.items():
+            self.register_buffer(buffer, tensors[name].detach().clone())
         for name in ("alpha", "first", "second", "sampled"):
             self.register_buffer(name, torch.zeros(space.legal.shape, dtype=torch.float64))
         self.register_buffer("fixed", torch.from_numpy(space.legal.copy()))
@@ -300,6 +363,10 @@ class _Net(nn.Module):
                 if isinstance(module, _BatchNorm):
                     module.reset_running_stats()
 
+    def rewind(self) -> None:
+        """Give the model the weights and statistics that the search began with."""
+        self.model.load_state_dict({name: self.get_buffer(buffer) for name, buffer in self._kept.items()})
+
     def adam(self, gradient: Floats, rate: float, betas: tuple[float, float], decay: float, count: int) -> None:
         """One step of Adam on the scores, its decay added to the gradient."""
         whole = torch.from_numpy(gradient) + decay * self.alpha
@@ -307,6 +374,13 @@ class _Net(nn.Module):
         self.second.mul_(betas[1]).addcmul_(whole, whole, value=1 - betas[1])
         mean, square = self.first / (1 - betas[0] ** count), self.second / (1 - betas[1] ** count)
         self.alpha.sub_(rate * mean / (square.sqrt() + 1e-8))
+
+
+def _after(progress: Progress | None, done: int, total: int) -> Progress | None:
+    """Progress of a part of ``total`` steps that begins after ``done``."""
+    if progress is None:
+        return None
+    return lambda step, _, words: progress(done + step, total, words)
 
 
 def predicted_ms(predictor: LatencyPredictor, session: DeviceSession, example_input: Tensor) -> Price:

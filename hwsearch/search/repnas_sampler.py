@@ -6,11 +6,14 @@ that runs is 1 in the forward pass and passes the gradient of ``sigmoid(score)``
 Reference: Zhang et al., RepNAS, 2021, and its published code. Differences, each a defect of that code: a layer is never
 left without a branch (``floor``), the noise is a function of (seed, step), so that all processes draw alike, and the
 mask is kept with the weights.
+
+Ours, and no defect of that code: ``whole``. One sum of branches is as free as another only while one of them is as
+free as the convolution that they stand for; a layer left with 1x1 alone computes less.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +56,9 @@ def noise(seed: int, step: int, shape: tuple[int, ...]) -> Floats:
     return generator(seed, "branches", step).logistic(size=shape)
 
 
-def choose(space: BranchSpace, scores: Floats, costs: Floats, amount: float, floor: int = 1) -> Mask:
+def choose(
+    space: BranchSpace, scores: Floats, costs: Floats, amount: float, floor: int = 1, whole: bool = False
+) -> Mask:
     """The branches of highest score whose costs together stay within ``amount``.
 
     First each layer gets its best branch (with ``floor`` 0: only layers without an identity, which would otherwise put
@@ -61,6 +66,7 @@ def choose(space: BranchSpace, scores: Floats, costs: Floats, amount: float, flo
 
     Args:
         scores, costs: (L, N).
+        whole: a layer's first branch is its best of ``space.whole``.
     Raises:
         AnswerIsNo: not even one branch a layer fits.
     """
@@ -68,9 +74,10 @@ def choose(space: BranchSpace, scores: Floats, costs: Floats, amount: float, flo
     needs = np.ones(len(space.layers), dtype=np.bool_) if floor else ~space.skips
     mask = np.zeros_like(space.legal)
     rows = np.flatnonzero(needs)
-    mask[rows, ranked[rows].argmax(axis=1)] = True
+    first = np.where(space.whole, ranked, -np.inf) if whole else ranked
+    mask[rows, first[rows].argmax(axis=1)] = True
     if costs[mask].sum() > amount:  # the best do not fit: the cheapest may
-        cheap = np.where(space.legal, costs, np.inf)
+        cheap = np.where(space.whole if whole else space.legal, costs, np.inf)
         mask[:] = False
         mask[rows, cheap[rows].argmin(axis=1)] = True
         if costs[mask].sum() > amount:
@@ -79,9 +86,9 @@ def choose(space: BranchSpace, scores: Floats, costs: Floats, amount: float, flo
                 "give a larger budget"
             )
         for row in rows:  # and of those layers where a better one fits, the better one
-            for column in np.argsort(-ranked[row], kind="stable"):
+            for column in np.argsort(-first[row], kind="stable"):
                 now = int(mask[row].argmax())
-                if not space.legal[row, column] or ranked[row, column] <= ranked[row, now]:
+                if first[row, column] <= first[row, now]:
                     break
                 if costs[mask].sum() - costs[row, now] + costs[row, column] <= amount:
                     mask[row, now], mask[row, column] = False, True
@@ -116,7 +123,7 @@ def choose_within_ms(
         )
     weight = 1 / (1 + np.exp(-scores))  # positive, so that losing a branch always costs something
     while True:
-        now = BranchSpace(space.layers, space.branches, allowed, space.skips)
+        now = replace(space, legal=allowed)
         mask = choose(now, scores, units, float(units.sum()) if count is None else float(count), floor)
         ms = folded.of_mask(mask)
         if ms <= max_ms:

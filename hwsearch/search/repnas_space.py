@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hwsearch.errors import InputError
 from hwsearch.reparam.branches import BRANCHES, Branch
@@ -24,6 +25,8 @@ Floats = NDArray[np.float64]
 #: Milliseconds of a folded network.
 Price = Callable[[nn.Module], float]
 
+#: Kinds of branches that are as free as a convolution of the host's size.
+WHOLE = ("kxk", "1x1-kxk")
 #: What a budget of branches may count.
 KINDS = ("branches", "macs", "activation_bytes", "ms")
 
@@ -37,12 +40,14 @@ class BranchSpace:
         branches: names of the columns (N).
         legal: (L, N) whether the block has that branch.
         skips: (L,) whether the block has an identity, which always runs.
+        whole: (L, N) the branches that can be any kernel of their layer's size; in a layer that has none, all of it.
     """
 
     layers: tuple[str, ...]
     branches: tuple[str, ...]
     legal: Mask
     skips: Mask
+    whole: Mask
 
     @classmethod
     def of(cls, model: nn.Module) -> BranchSpace:
@@ -61,7 +66,9 @@ class BranchSpace:
             if not row.any():
                 raise InputError(f"block {layer!r} has no branch but the identity: nothing to search")
         skips = np.array(["identity" in block.kinds for block in blocks.values()], dtype=np.bool_)
-        return cls(tuple(blocks), tuple(columns), legal, skips)
+        whole = legal & np.array([column.partition("#")[0] in WHOLE for column in columns])
+        whole[~whole.any(axis=1)] = legal[~whole.any(axis=1)]
+        return cls(tuple(blocks), tuple(columns), legal, skips, whole)
 
     def blocks(self, model: nn.Module) -> list[ODBB]:
         """The blocks of a network of this space, in the space's order."""
@@ -73,15 +80,37 @@ class BranchSpace:
         chosen = dict(zip(self.branches, row.tolist(), strict=True))
         return [chosen.get(name, True) for name in block.names]
 
-    def apply(self, model: nn.Module, mask: Mask, gate: Tensor | None = None) -> None:
-        """Let each block run its row of ``mask`` (L, N), each branch times its ``gate`` (L, N) where one is given."""
+    def apply(self, model: nn.Module, mask: Mask, gate: Tensor | None = None, shares: Floats | None = None) -> None:
+        """Let each block run its row of ``mask`` (L, N), each branch times its ``gate`` (L, N) where one is given, and
+        all of a block (its identity too) times its entry of ``shares`` (L,)."""
         for number, block in enumerate(self.blocks(model)):
             gates = None
             if gate is not None:
                 one = gate.new_ones(())
                 columns = {name: gate[number, column] for column, name in enumerate(self.branches)}
                 gates = torch.stack([columns.get(name, one) for name in block.names])
+                gates = gates if shares is None else gates * float(shares[number])
             block.activate(self.block_mask(block, mask[number]), gates)
+
+    def shares(self, model: nn.Module, mask: Mask) -> Floats:
+        """(L,) what keeps the spread of a block's output whatever number of branches runs: 1 / sqrt(n).
+
+        A branch ends in a batch norm, so a sum of n has about n times the variance of one. 1 where a batch norm follows
+        the sum, or a branch has none that could take the share over (see ``absorb``).
+        """
+        counts = [sum(self.block_mask(block, mask[number])) for number, block in enumerate(self.blocks(model))]
+        able = [_absorbs(block) for block in self.blocks(model)]
+        return np.array([n**-0.5 if can else 1.0 for n, can in zip(counts, able, strict=True)])
+
+    def absorb(self, model: nn.Module, shares: Floats) -> None:
+        """Multiply what every branch puts out by its block's share, in its last batch norm: the block then computes
+        without shares what it did with them."""
+        with torch.no_grad():
+            for share, block in zip(shares.tolist(), self.blocks(model), strict=True):
+                for branch in block.branches.values() if share != 1 else ():
+                    norm = branch.last_norm()  # type: ignore[operator]
+                    norm.weight.mul_(share)
+                    norm.bias.mul_(share)
 
     def costs(self, model: nn.Module, example_input: Tensor, kind: str) -> Floats:
         """(L, N) what every branch adds to one training step per example: 1, MACs or bytes of activations.
@@ -161,6 +190,12 @@ class FoldedMs:
     def of_mask(self, mask: Mask) -> float:
         """Milliseconds of the folded network."""
         return self.whole_ms + sum(self.added_ms(number, row) for number, row in enumerate(mask))
+
+
+def _absorbs(block: ODBB) -> bool:
+    norms = [branch.last_norm() for branch in block.branches.values() if isinstance(branch, Branch)]
+    bare = isinstance(block.post_norm, nn.Identity)
+    return bare and all(isinstance(norm, _BatchNorm) and norm.affine for norm in norms)
 
 
 def _within(small: tuple[int, int], large: tuple[int, int]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from hwsearch.search.repnas import BranchBudget, RepNAS, RepNASConfig
 from hwsearch.search.repnas_sampler import choose, choose_within_ms, gate_gradient, noise
 from hwsearch.search.repnas_space import BranchSpace, FoldedMs
 from hwsearch.train.data import TensorExamples
-from hwsearch.train.loop import TrainConfig
+from hwsearch.train.loop import TrainConfig, train
 from hwsearch.train.task import Regression
 
 torch.set_num_threads(1)
@@ -101,6 +102,39 @@ def test_without_a_floor_it_is_the_top_of_the_whole_network(space: BranchSpace) 
         if (top[~space.skips].any(axis=1)).all():
             assert np.array_equal(mask, top)
     assert empty > 0, "an identity alone was never left, so this tests nothing"
+
+
+def test_a_layer_keeps_a_branch_as_free_as_its_kernel(space: BranchSpace) -> None:
+    units = space.legal.astype(float)
+    assert [name for name, on in zip(space.branches, space.whole[0], strict=True) if on] == ["kxk", "1x1-kxk"]
+    without = 0
+    for step in range(20):
+        scores = noise(0, step, space.legal.shape)
+        mask = choose(space, scores, units, 14.0, whole=True)
+        assert mask.sum() == 14
+        assert (mask & space.whole).any(axis=1).all()
+        without += int((~(choose(space, scores, units, 14.0) & space.whole).any(axis=1)).sum())
+        costs = np.where(space.whole, 2.0, 1.0)  # too little for any but the cheapest: these are still whole
+        assert choose(space, scores, costs, 14.0, whole=True).sum() == 7
+    assert without > 0, "no layer ever lost its whole kernel, so this tests nothing"
+    bare = BranchSpace.of(host(("1x1", "1xk")))
+    assert np.array_equal(bare.whole, bare.legal), "a layer without such a branch has to choose among all"
+
+
+def test_shares_keep_the_spread_and_are_absorbed_by_the_norms(space: BranchSpace) -> None:
+    mask = choose(space, noise(0, 1, space.legal.shape), space.legal.astype(float), 14.0)
+    model, x = host(), torch.randn(16, 1, 12, 12)
+    shares = space.shares(model, mask)
+    counts = mask.sum(axis=1) + space.skips
+    assert np.allclose(shares, counts**-0.5)
+    space.apply(model, mask, torch.from_numpy(mask.astype(np.float32)), shares)
+    expected = model(x)
+    space.apply(model, mask)
+    assert not torch.allclose(model(x), expected, rtol=1e-3)
+    space.absorb(model, shares)
+    assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-6)
+    after = repvgg_small(branches="odbb", widths=(4, 4, 8, 8), post_norm=True)
+    assert (space.shares(after, mask) == 1).all(), "a batch norm behind the sum takes any spread away"
 
 
 def test_other_costs_are_kept_too(space: BranchSpace) -> None:
@@ -215,10 +249,10 @@ class Planted:
         return nn.Sequential(ODBB(shape, ("1x1", "1xk", "kx1")))
 
 
-@pytest.mark.parametrize(("kernel", "branch"), [((1, 3), "1xk"), ((3, 1), "kx1")])
-def test_a_planted_branch_is_found(kernel: tuple[int, int], branch: str) -> None:
+@pytest.mark.parametrize(("kernel", "branch", "restart"), [((1, 3), "1xk", True), ((3, 1), "kx1", False)])
+def test_a_planted_branch_is_found(kernel: tuple[int, int], branch: str, restart: bool) -> None:
     config = RepNASConfig(
-        BranchBudget(limit=1.0 / 3), warmup=0.0, search=0.8, alpha_rate=0.1, clip=None,
+        BranchBudget(limit=1.0 / 3), warmup=0.0, search=0.8, alpha_rate=0.1, clip=None, restart=restart,
         training=TrainConfig(steps=60, batch_size=32, learning_rate=0.01, warmup=0.0),
     )  # fmt: skip
     found = RepNAS(Planted.model(), config).search(Planted.task(kernel), None)
@@ -254,6 +288,26 @@ def test_the_fixed_branches_are_the_best_of_the_scores_and_the_fold_is_the_netwo
     assert torch.allclose(other(x), model(x), atol=1e-5), "the mask is not part of the state"
 
 
+def test_what_is_found_is_trained_as_if_it_had_never_been_searched() -> None:
+    """With ``restart``: the bits of a plain training of these branches, for the steps that the search left."""
+    found = RepNAS(host(), tiny_config()).search(tiny_task(), None)
+    plain = host()
+    BranchSpace.of(plain).apply(plain, np.array(found.mask))
+    train(plain, tiny_task(), replace(tiny_config().training, steps=5))
+    assert found.model is not None
+    for one, other in zip(found.model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_published_search_inherits_its_weights() -> None:
+    paper = RepNASConfig.published(training=TrainConfig(steps=10, batch_size=8, learning_rate=0.01))
+    assert paper.rate_of_scores(175_000) == pytest.approx(1e-4)
+    assert RepNASConfig().rate_of_scores(100) == pytest.approx(0.05)
+    found = RepNAS(host(), paper).search(tiny_task(), None)
+    ours = RepNAS(host(), replace(paper, restart=True)).search(tiny_task(), None)
+    assert found.loss != ours.loss
+
+
 class Killed(Exception):
     """Stands for a kill."""
 
@@ -261,8 +315,8 @@ class Killed(Exception):
 class Dying(RepNAS):
     """Is killed after some steps."""
 
-    def __init__(self, steps: int) -> None:
-        super().__init__(host(), tiny_config())
+    def __init__(self, steps: int, config: RepNASConfig) -> None:
+        super().__init__(host(), config)
         self.left = steps
 
     def _backward(self, loss: Tensor, gate: Tensor | None) -> Tensor:
@@ -272,19 +326,23 @@ class Dying(RepNAS):
         return super()._backward(loss, gate)
 
 
-def test_a_search_goes_on_after_a_kill_and_ends_the_same(tmp_path: Path) -> None:
-    whole = RepNAS(host(), tiny_config()).search(tiny_task(), None, folder=tmp_path / "whole")
-    for stop in (4, 7):  # in the search, and with the branches fixed
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_search_goes_on_after_a_kill_and_ends_the_same(tmp_path: Path, restart: bool) -> None:
+    config = tiny_config(restart=restart)
+    whole = RepNAS(host(), config).search(tiny_task(), None, folder=tmp_path / "whole")
+    for stop in (4,) if restart else (4, 7):  # in the search, and with the branches fixed
         folder = tmp_path / f"stopped{stop}"
         with pytest.raises(Killed):
-            Dying(stop).search(tiny_task(), None, folder=folder)
-        again = RepNAS(host(), tiny_config()).search(tiny_task(), None, folder=folder)
+            Dying(stop, config).search(tiny_task(), None, folder=folder)
+        torch.manual_seed(99)  # a new process may begin with other weights: those of the checkpoint count
+        fresh = repvgg_small(branches="odbb", widths=(4, 4, 8, 8))
+        again = RepNAS(fresh, config).search(tiny_task(), None, folder=folder)
         assert again == whole
         assert (folder / "branches.json").read_bytes() == (tmp_path / "whole/branches.json").read_bytes()
         for one, other in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True):  # type: ignore[union-attr]
             assert torch.equal(one, other)
     with pytest.raises(InputError, match="belongs to another run: floor was 1, now 0"):
-        RepNAS(host(), tiny_config(floor=0)).search(tiny_task(), None, folder=tmp_path / "whole")
+        RepNAS(host(), tiny_config(floor=0, restart=restart)).search(tiny_task(), None, folder=tmp_path / "whole")
 
 
 def test_a_search_in_ms_ends_inside_its_budget() -> None:
