@@ -165,13 +165,15 @@ def run_train(arguments: argparse.Namespace) -> None:
             folder = folder_of(arguments, network, seed, arguments.steps)
             line = one(network, seed, arguments.steps, task, test, folder)
             append(arguments.output, line)
-            print(f"{network} seed {seed}: {line.float32:.2%} float32, {line.int8:.2%} int8", file=sys.stderr, flush=True)
+            print(
+                f"{network} seed {seed}: {line.float32:.2%} float32, {line.int8:.2%} int8", file=sys.stderr, flush=True
+            )
 
 
 def report(lines: Sequence[Line]) -> str:
     """A table of means over the seeds, and of what 8 bits lose (paired)."""
     rows = [
-        "| network | n | float32 | int8 loses, points | with one scale | with the worst in float32 | layers kept | dB |",
+        "| network | n | float32 | int8 loses, points | with one scale | worst in float32 | layers kept | dB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for network in NETWORKS:
@@ -206,7 +208,9 @@ def run_measure(arguments: argparse.Namespace, lines: Sequence[Line]) -> None:
             [(name, path.read_bytes()) for name, path in files], session,
             reference_ms=check.reference_ms if check else None,
         )  # fmt: skip
-    base = {name.rpartition(" ")[0]: m.measured_ms for (name, _), m in zip(files, found, strict=True) if "float" in name}
+    base = {
+        name.rpartition(" ")[0]: m.measured_ms for (name, _), m in zip(files, found, strict=True) if "float" in name
+    }
     for (name, _), timing in zip(files, found, strict=True):
         ratio = timing.measured_ms / base[name.rpartition(" ")[0]]
         print(f"{name}: {timing.measured_ms:.4g} ms ±{timing.spread:.1%} ({timing.verdict}), {ratio:.2f} of float32")

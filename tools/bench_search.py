@@ -13,9 +13,9 @@ time) goes on. One torch thread. Milliseconds are predictions from the device's 
 timing lock, has put measured ones beside them.
 
 ``ranking``: widths in strata of nearly equal milliseconds, each trained alone from scratch with two seeds (the truth:
-negative log-likelihood on the test set), against the held-out loss under shared weights: CafeNet (r = 1, 2), slimmable
-(r = 0), BCNet, and MACs alone. ``report`` gives Kendall's tau within strata with bootstrap intervals, the tau between
-the two seeds beside it.
+accuracy and negative log-likelihood on the test set), against the held-out loss under shared weights: CafeNet
+(r = 1, 2), slimmable (r = 0), BCNet, and MACs alone. ``report`` gives Kendall's tau within strata with bootstrap
+intervals, the tau between the two seeds beside it.
 
 ``search``: found networks against uniform scaling, magnitude, MACs as the only constraint and Torch-Pruning, retrained
 alike; see ``METHODS``. Cost is counted as image passes times MACs (three for a training pass, one for a forward pass).
@@ -514,17 +514,22 @@ def torch_pruning(shared: Seed, rows: Rows, method: str, share: float, round_to:
             widths.append(shapes[slot.parameter][0] // slot.elements_per_unit)
         return model, tuple(widths), float(fine.latency.evaluate([widths])[0])
 
+    smallest: tuple[float, int] = (float("inf"), 0)
     for percent in range(5, 95):
         model, widths, ms = pruned(percent / 100)
+        smallest = min(smallest, (ms, percent))
         if ms <= share * ready.full_ms:
             break
+    else:  # rounding down to nothing, it leaves a layer as it was
+        percent = smallest[1]
+        model, widths, ms = pruned(percent / 100)
     training = replace(ready.training(shared.seed), learning_rate=FINE_TUNING_RATE)
     train(model, task, training)
     tested = evaluate(model, task, test, training)
     tuning = training_cost(ready, training, len(task.train), fine.space.macs(WidthChoice(widths)))
     rows.add(
         ("search", ready.name, method, share, shared.seed, text(widths)), accuracy=tested.metric, nll=tested.loss,
-        predicted_ms=ms, gmacs=cost + tuning, note=f"ratio {percent / 100}",
+        predicted_ms=ms, gmacs=cost + tuning, note=f"ratio {percent / 100}" + (", no ratio fits" if ms > share * ready.full_ms else ""),
     )  # fmt: skip
 
 
@@ -535,6 +540,7 @@ METHODS: dict[str, Callable[[Seed, Rows, str, float], None]] = {
     "magnitude": simple,
     "ours, inherited": inherited,
     "Torch-Pruning": partial(torch_pruning, round_to=None),
+    "Torch-Pruning 8": partial(torch_pruning, round_to=8),
     "Torch-Pruning 16": partial(torch_pruning, round_to=16),
     "MACs": partial(by_macs, multiple=1),
     "MACs, multiples of 16": partial(by_macs, multiple=16),
@@ -565,19 +571,21 @@ def report(paths: Sequence[Path]) -> None:
     """Markdown tables of what the files hold."""
     lines = [row for path in paths for row in Rows(path, float("inf")).known.values()]
     for name in dict.fromkeys(row["setting"] for row in lines):
-        report_ranking([row for row in lines if row["setting"] == name and row["part"] == "ranking"], name)
+        for truth in ("accuracy", "nll"):
+            report_ranking([r for r in lines if r["setting"] == name and r["part"] == "ranking"], name, truth)
         report_search([row for row in lines if row["setting"] == name and row["part"] in ("search", "measured")], name)
 
 
-def report_ranking(lines: list[dict[str, str]], name: str) -> None:
-    """Kendall's tau within strata, its bootstrap interval over widths, and the seeds' own tau."""
+def report_ranking(lines: list[dict[str, str]], name: str, by: str) -> None:
+    """Kendall's tau within strata, its bootstrap interval over widths, and the seeds' own tau; truth is ``by``."""
+    sign = -1.0 if by == "accuracy" else 1.0
     truth: dict[tuple[str, str], dict[str, float]] = {}
     said: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
     macs: dict[tuple[str, str], float] = {}
     for row in lines:
         place = (row["share"], row["widths"])
         table = truth if row["method"] == "alone" else said.setdefault(row["method"], {})
-        table.setdefault(place, {})[row["seed"]] = float(row["nll"])
+        table.setdefault(place, {})[row["seed"]] = sign * float(row[by]) if table is truth else float(row["nll"])
         if row["method"] == "alone":
             macs[place] = -float(row["note"].split()[0])
     seeds = sorted({seed for found in truth.values() for seed in found})
@@ -585,8 +593,8 @@ def report_ranking(lines: list[dict[str, str]], name: str) -> None:
     if not whole:
         return
     shares = sorted({share for share, _ in whole})
-    print(f"\n{name}: {len(whole)} widths in {len(shares)} strata, {len(seeds)} seed(s) of truth\n")
-    print("| ranked by | seed | Kendall tau within strata | 90 % interval | NLL lost by its first choice |")
+    print(f"\n{name}: {len(whole)} widths in {len(shares)} strata; truth: test {by}, mean of {len(seeds)} seed(s)\n")
+    print(f"| ranked by | seed | Kendall tau within strata | 90 % interval | {by} lost by its first choice |")
     print("|---|---|---|---|---|")
     candidates = {"MACs": {p: {"": m} for p, m in macs.items()}, **said}
     if len(seeds) > 1:
