@@ -25,199 +25,48 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from search_settings import (
+    CANDIDATES,
+    SETTINGS,
+    UNIFORM,
+    Ready,
+    Rows,
+    Seed,
+    alone,
+    ready,
+    training_cost,
+)
 from torch import nn
-from torch.nn import functional
 from width_timing import measured_ms, text
 
-from hwsearch.device.spec import Device
-from hwsearch.errors import HwsearchError, InputError
+from hwsearch.errors import HwsearchError, InfeasibleBudgetError, InputError
 from hwsearch.graph.surgery import shrink
-from hwsearch.graph.widths import WidthChoice, WidthSpace
-from hwsearch.latency.network import NetworkLatency
-from hwsearch.latency.predictor import LatencyPredictor
-from hwsearch.models import mobilenetv2_small, resnet_small, vgg_small
-from hwsearch.preparation import PREDICTOR
+from hwsearch.graph.widths import WidthChoice
 from hwsearch.search.baselines import importances, knapsack, magnitude, uniform_choices
 from hwsearch.search.budget import Budget, Limit, MegaMacs
 from hwsearch.search.cafenet import CafeNet, CafeNetConfig, train_supernet
-from hwsearch.search.evolution import EvolutionSettings
 from hwsearch.search.grid import WidthGrid, Widths
 from hwsearch.search.result import SearchResult
-from hwsearch.search.scoring import Scorer, ScoringConfig
+from hwsearch.search.scoring import Scorer
 from hwsearch.search.stairs import stair_edges
 from hwsearch.search.supernet import SuperNet
 from hwsearch.search.supernet_training import min_min_step
 from hwsearch.search.winner import finish, train_choice
-from hwsearch.train.data import Batch, Examples, Shuffle, TensorExamples, limit, split
-from hwsearch.train.fashion_mnist import MEAN, STD, load_fashion_mnist
-from hwsearch.train.loop import TrainConfig, evaluate, settings, train, training_batch
+from hwsearch.train.data import Batch, Examples, Shuffle
+from hwsearch.train.loop import evaluate, settings, train, training_batch
 from hwsearch.train.seeds import generator
 from hwsearch.train.strides import strided_inputs
 from hwsearch.train.task import Classification
-
-HEADER = ("part", "setting", "method", "share", "seed", "widths", "accuracy", "nll", "predicted_ms", "gmacs", "note")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One network on one amount of data.
-
-    Attributes:
-        side: images are averaged down to this many pixels a side (28 as they are).
-        images: training images; ``valid`` more are held out for choosing.
-        epochs: of a network trained alone; ``supernet_steps`` of the super-network.
-        shares: budgets, as shares of the full network's predicted milliseconds.
-    """
-
-    model: Callable[[], nn.Module]
-    side: int
-    quantum: int
-    minimum: float | int
-    images: int
-    valid: int
-    epochs: float
-    supernet_steps: int
-    batch: int = 64
-    shares: tuple[float, ...] = (0.6, 0.4, 0.28)
-
-
-SETTINGS = {
-    "resnet-14": Setting(resnet_small, 14, 2, 0.125, 2000, 1000, 16, 1000, shares=(0.4, 0.28, 0.6)),
-    "resnet-14-all": Setting(resnet_small, 14, 2, 0.125, 55000, 5000, 2, 500, 128, shares=(0.5, 0.4)),
-    "resnet-28": Setting(resnet_small, 28, 2, 0.125, 2000, 1000, 30, 1500),
-    "resnet-28-all": Setting(resnet_small, 28, 2, 0.125, 55000, 5000, 2, 1000, 128),
-    "vgg-14": Setting(lambda: vgg_small(width=0.5), 14, 2, 0.125, 2000, 1000, 30, 1500, shares=(0.4,)),
-    "mobilenet-14": Setting(mobilenetv2_small, 14, 2, 0.125, 2000, 1000, 30, 1500, shares=(0.4,)),
-}
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A setting with everything loaded."""
-
-    name: str
-    setting: Setting
-    model: nn.Module
-    space: WidthSpace
-    latency: NetworkLatency
-    full_ms: float
-    device_name: str
-
-    def one_channel(self) -> Ready:
-        """The same network with widths in steps of one channel, which other tools' networks need."""
-        return loaded(self.name, replace(self.setting, quantum=1, minimum=1), self.device_name)
-
-    def budget(self, share: float) -> Budget:
-        """The share of the full network's milliseconds, as a budget on the prediction itself."""
-        return Budget([Limit(self.latency, share * self.full_ms, quantile=0.5)])
-
-    def task(self, seed: int) -> tuple[Classification, Examples]:
-        """Training and held-out images of a seed, and the test set."""
-        train, test = (smaller(part, self.setting.side) for part in load_fashion_mnist())
-        few = limit(train, self.setting.images + self.setting.valid, seed)
-        train_part, held_out = split(few, self.setting.valid, seed)
-        return Classification(train_part, held_out), test
-
-    def training(self, seed: int) -> TrainConfig:
-        """How one network is trained alone."""
-        return TrainConfig(epochs=self.setting.epochs, batch_size=self.setting.batch, seed=seed, checkpoint_s=15)
-
-    def supernet(self, seed: int, **changes: object) -> CafeNetConfig:
-        """How a super-network is trained and judged."""
-        training = TrainConfig(
-            steps=self.setting.supernet_steps, batch_size=self.setting.batch, seed=seed, checkpoint_s=15
-        )
-        return CafeNetConfig(training=training, scoring=ScoringConfig(images=None), **changes)  # type: ignore[arg-type]
-
-
-def smaller(examples: TensorExamples, side: int) -> TensorExamples:
-    """Images averaged down to ``side`` pixels a side."""
-    if side == 28:
-        return examples
-    images = functional.adaptive_avg_pool2d(examples.inputs.float(), side).round().to(torch.uint8)
-    return TensorExamples(images, examples.targets, mean=(MEAN,), std=(STD,))
-
-
-def ready(name: str, device_name: str) -> Ready:
-    """Load a setting; the space's lowering is learnt (not timed) where the device's folder lacks it."""
-    return loaded(name, SETTINGS[name], device_name)
-
-
-@cache
-def loaded(name: str, setting: Setting, device_name: str) -> Ready:
-    """The same of a setting itself."""
-    torch.manual_seed(0)
-    model = setting.model().eval()
-    space = WidthSpace.from_model(
-        model, torch.zeros(1, 1, setting.side, setting.side), quantum=setting.quantum, minimum=setting.minimum
-    )
-    device = Device.load(device_name)
-    predictor = LatencyPredictor.load(device.table_folder / PREDICTOR)
-    latency = NetworkLatency(space, predictor).prepare()
-    return Ready(name, setting, model, space, latency, float(latency.evaluate([space.full().widths])[0]), device_name)
-
-
-class Rows:
-    """The output file: lines that are there are not made again."""
-
-    def __init__(self, path: Path, seconds: float) -> None:
-        self.path, self.stop = path, time.monotonic() + seconds
-        self.known: dict[tuple[str, ...], dict[str, str]] = {}
-        if path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
-                self.known = {self.key(row): row for row in csv.DictReader(file)}
-
-    @staticmethod
-    def key(row: dict[str, str]) -> tuple[str, ...]:
-        """What a line is about."""
-        return tuple(row[name] for name in HEADER[:6])
-
-    def has(self, *key: object) -> bool:
-        """Whether this line is there."""
-        return tuple(map(str, key)) in self.known
-
-    def add(self, key: Sequence[object], **values: object) -> None:
-        """Append one line; stop the program where its time is over."""
-        row = {name: "" for name in HEADER} | dict(zip(HEADER[:6], map(str, key), strict=True))
-        row |= {name: f"{v:.6g}" if isinstance(v, float) else str(v) for name, v in values.items()}
-        new = not self.path.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, HEADER, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        self.known[self.key(row)] = row
-        print(" ".join(f"{row[name]}" for name in HEADER if row[name]), flush=True)
-        self.check()
-
-    def find(self, *key: object) -> dict[str, str]:
-        """The line of these first columns."""
-        wanted = tuple(map(str, key))
-        return next(row for known, row in self.known.items() if known[: len(wanted)] == wanted)
-
-    def has_any(self, *key: object) -> bool:
-        """Whether a line of these first columns is there."""
-        wanted = tuple(map(str, key))
-        return any(known[: len(wanted)] == wanted for known in self.known)
-
-    def check(self) -> None:
-        """Stop where the time is over."""
-        if time.monotonic() > self.stop:
-            print("time is over; the same command goes on", file=sys.stderr)
-            raise SystemExit(0)
-
 
 # ---------------------------------------------------------------- ranking
 
@@ -287,21 +136,6 @@ def shortly(
     rows.add(key, nll=judged.loss)
 
 
-def alone(ready: Ready, rows: Rows, key: Sequence[object], choice: WidthChoice, seed: int, extra: float = 0.0) -> None:
-    """Train one network from scratch and test it; ``extra`` is what finding its widths cost."""
-    task, test = ready.task(seed)
-    training = ready.training(seed)
-    network, _ = train_choice(ready.model, ready.space, choice, task, training)
-    tested = evaluate(network, task, test, training)
-    steps = training.total_steps(len(task.train))
-    rows.add(
-        key, accuracy=tested.metric, nll=tested.loss,
-        predicted_ms=float(ready.latency.evaluate([choice.widths])[0]),
-        gmacs=extra + 3e-9 * steps * training.batch_size * ready.space.macs(choice),
-        note=f"{ready.space.macs(choice)} MACs",
-    )  # fmt: skip
-
-
 def scored(ready: Ready, rows: Rows, method: str, seed: int) -> tuple[SuperNet, Scorer]:
     """A super-network, trained or read from its checkpoint, and what judges its sub-networks."""
     task, _ = ready.task(seed)
@@ -335,51 +169,6 @@ def score(ready: Ready, rows: Rows, method: str, seed: int, layers: list[tuple[f
 # ---------------------------------------------------------------- search
 
 
-CANDIDATES, UNIFORM = 200, (0.25, 0.375, 0.5, 0.625, 0.75)
-
-
-@dataclass
-class Seed:
-    """What one seed's searches share; each is made when it is first asked for, and its cost counted once."""
-
-    ready: Ready
-    seed: int
-    folder: Path
-
-    def path(self, name: str) -> Path:
-        """A folder of this seed."""
-        return self.folder / f"{self.ready.name}-{self.seed}" / name
-
-    def config(self, **changes: object) -> CafeNetConfig:
-        """The search as it is by default, at the settings' sizes."""
-        base = self.ready.supernet(self.seed)
-        evolution = EvolutionSettings(population=20, generations=50, evaluations=CANDIDATES)
-        winner = self.ready.training(self.seed)
-        return replace(base, evolution=evolution, winner=winner, **changes)  # type: ignore[arg-type]
-
-    def pretrained(self) -> tuple[nn.Module, float]:
-        """The full network, trained once, and what that cost."""
-        task, _ = self.ready.task(self.seed)
-        training = self.ready.training(self.seed)
-        space = self.ready.space
-        network, _ = train_choice(self.ready.model, space, space.full(), task, training, folder=self.path("full"))
-        return network, training_cost(self.ready, training, len(task.train), space.macs(space.full()))
-
-    def supernet(self, space: WidthSpace, name: str) -> tuple[SuperNet, float]:
-        """A super-network over a space, and what it cost: full and sampled steps, patterns included."""
-        config, (task, _) = self.config(), self.ready.task(self.seed)
-        net = train_supernet(space, self.ready.model, task, config, self.path(f"supernet-{name}"))
-        full = space.macs(space.full())
-        drawn = float(space.macs_array(WidthGrid.of(space).sample(4000, np.random.default_rng(0))).mean())
-        passes = config.training.steps * config.training.batch_size / 2  # type: ignore[operator]  # every other step
-        return net, 1e-9 * passes * (3 * full + (config.patterns + 3) * drawn)
-
-
-def training_cost(ready: Ready, training: TrainConfig, examples: int, macs: int) -> float:
-    """GMACs of one training: three passes a step."""
-    return 3e-9 * training.total_steps(examples) * training.batch_size * macs
-
-
 def search(ready: Ready, rows: Rows, seeds: int, methods: Sequence[str], shares: Sequence[float]) -> None:
     """Every method at every share, seed by seed, so that means over seeds are paired."""
     for seed in range(seeds):
@@ -388,7 +177,11 @@ def search(ready: Ready, rows: Rows, seeds: int, methods: Sequence[str], shares:
             for method in [name for name in METHODS if not methods or name in methods]:
                 if not rows.has_any("search", ready.name, method, share, seed):
                     rows.check()
-                    METHODS[method](shared, rows, method, share)
+                    try:
+                        METHODS[method](shared, rows, method, share)
+                    except InfeasibleBudgetError as error:
+                        print(f"{method}: {error}", file=sys.stderr)
+                        rows.add(("search", ready.name, method, share, seed, ""), note="infeasible")
         for ratio in UNIFORM if not methods or "uniform" in methods else ():
             choice = ready.space.uniform(ratio)
             key = ("search", ready.name, "uniform", ratio, seed, text(choice.widths))
@@ -529,7 +322,8 @@ def torch_pruning(shared: Seed, rows: Rows, method: str, share: float, round_to:
     tuning = training_cost(ready, training, len(task.train), fine.space.macs(WidthChoice(widths)))
     rows.add(
         ("search", ready.name, method, share, shared.seed, text(widths)), accuracy=tested.metric, nll=tested.loss,
-        predicted_ms=ms, gmacs=cost + tuning, note=f"ratio {percent / 100}" + (", no ratio fits" if ms > share * ready.full_ms else ""),
+        predicted_ms=ms, gmacs=cost + tuning,
+        note=f"ratio {percent / 100}" + (", no ratio fits" if ms > share * ready.full_ms else ""),
     )  # fmt: skip
 
 
@@ -543,6 +337,7 @@ METHODS: dict[str, Callable[[Seed, Rows, str, float], None]] = {
     "Torch-Pruning 8": partial(torch_pruning, round_to=8),
     "Torch-Pruning 16": partial(torch_pruning, round_to=16),
     "MACs": partial(by_macs, multiple=1),
+    "MACs, multiples of 8": partial(by_macs, multiple=8),
     "MACs, multiples of 16": partial(by_macs, multiple=16),
 }
 
@@ -554,7 +349,7 @@ def measure_rows(ready: Ready, path: Path, device_name: str) -> None:
     """Measure every network of the file that has no measured line yet; each is a line ``measured`` of its own."""
     rows = Rows(path, float("inf"))
     fine = ready.one_channel()
-    wanted = sorted({key[5] for key in rows.known if key[1] == ready.name and key[0] in ("search", "full")})
+    wanted = sorted({key[5] for key in rows.known if key[1] == ready.name and key[0] in ("search", "full") and key[5]})
     every = [text(ready.space.full().widths), *wanted]
     missing = [w for w in every if not rows.has("measured", ready.name, "", "", "", w)]
     choices = [WidthChoice(tuple(map(int, w.split("-")))) for w in missing]
@@ -629,7 +424,7 @@ def strata_tau(
 def report_search(lines: list[dict[str, str]], name: str) -> None:
     """Means over seeds, and the paired difference to uniform scaling interpolated at the same milliseconds."""
     measured = {r["widths"]: float(r["note"].split()[0]) for r in lines if r["part"] == "measured"}
-    found = [row for row in lines if row["part"] == "search"]
+    found = [row for row in lines if row["part"] == "search" and row["accuracy"]]
     if not found:
         return
 

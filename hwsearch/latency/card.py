@@ -102,7 +102,7 @@ class ErrorCard:
         if len(table.networks) < 2:
             raise InputError(f"an error card needs 2 networks or more, the table of {table.device!r} has fewer")
         rows = Rows.of(table.networks)
-        settings = predictor._settings()
+        settings = predictor.settings_
         checked: OutOfFold | None = getattr(predictor, "cross_validation_", None)
         if checked is None:
             fold = random_folds(len(rows.nodes), predictor.folds, predictor.seed)

@@ -14,7 +14,7 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from hwsearch.latency.validation import (
 )
 
 SCHEMA = "hwsearch.predictor"
-VERSION = 3
+VERSION = 4
 _REMEDY = "run `hwsearch fit` to make one"
 
 #: A predictor holds for one setting of each of these; the rest of a fingerprint may differ.
@@ -80,6 +80,11 @@ class NetworkEstimate:
     kernel_ms: tuple[float, ...]
 
 
+#: What the trees are compared with under ``tune``.
+OTHERS: tuple[dict[str, Any], ...] = ({"max_depth": 7, "min_child_weight": 20.0}, {"min_child_weight": 20.0})
+TUNED_FROM = 200
+
+
 class OutOfRangeWarning(UserWarning):
     """A network has kernels unlike any that was profiled; their prices are guesses."""
 
@@ -95,6 +100,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         rounds: boosting rounds (0: the analytic base alone).
         learning_rate, max_depth, min_child_weight, l2, subsample, column_sample: of the trees.
         network_weight: weight of the networks' totals against the kernels' shares.
+        tune: compare the trees with ``OTHERS`` by the same cross-validation, and take the best; not below
+            ``TUNED_FROM`` networks, where the comparison would be a lottery.
         folds: of the cross-validation by network that calibrates and gives the intervals.
         out_of_range: what to do about kernels unlike any that was profiled: ``"warn"`` (an ``OutOfRangeWarning``; they
             are priced all the same and widen the interval) or ``"raise"``.
@@ -102,6 +109,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         model_: the kernel model fitted on the whole table.
+        settings_: of the trees as they were grown, after ``tune``.
         kinds_: what corrects each family's base: trees, ridge regression, a table or nothing, by cross-validation.
         calibration_: a, b, c and d.
         log_errors_: log(measured / predicted) of every network while its fold was held out, sorted.
@@ -131,6 +139,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         subsample: float = 0.8,
         column_sample: float = 0.5,
         network_weight: float = 1.0,
+        tune: bool = True,
         folds: int = 5,
         out_of_range: str = "warn",
         seed: int = 0,
@@ -143,6 +152,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         self.subsample = subsample
         self.column_sample = column_sample
         self.network_weight = network_weight
+        self.tune = tune
         self.folds = folds
         self.out_of_range = out_of_range
         self.seed = seed
@@ -167,6 +177,12 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         rows = Rows.of(table.networks)
         fold = random_folds(len(table.networks), self.folds, self.seed)
         checked = out_of_fold(rows, fold, settings, progress)
+        for other in OTHERS if self.tune and settings.rounds and len(table.networks) >= TUNED_FROM else ():
+            tried = replace(settings, **other)
+            rival = out_of_fold(rows, fold, tried, progress, "other trees", checked.kinds)
+            if np.abs(rival.log_error).mean() < np.abs(checked.log_error).mean():
+                settings, checked = tried, rival
+        self.settings_ = settings
         families = source_folds(rows)
         left_out = None
         if families.any():
@@ -311,6 +327,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             "networks": self.networks_,
             "kernels": self.kernels_,
             "parameters": self.get_params(),
+            "settings": asdict(self.settings_),
             "kinds": self.kinds_,
             "calibration": asdict(self.calibration_),
             "log_errors": self.log_errors_.tolist(),
@@ -349,6 +366,7 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             made_for = Fingerprint.from_dict(manifest["fingerprint"])
             _refuse_other(path, made_for, fingerprint)
             predictor = cls(**manifest["parameters"])
+            predictor.settings_ = BoostSettings(**manifest["settings"])
             predictor.model_ = KernelModel.from_files(manifest["model"], _files(folder, manifest["model"]["files"]))
             predictor.kinds_ = {str(family): str(kind) for family, kind in manifest["kinds"].items()}
             predictor.calibration_ = Calibration(**{k: float(v) for k, v in manifest["calibration"].items()})

@@ -307,3 +307,30 @@ def test_the_ninetieth_percentile_follows_the_table(tmp_path: Path) -> None:
     assert predictor.network(slow[0].kernels).p90_ms > predictor.network(slow[0].kernels).ms
     predictor.save(tmp_path)
     assert LatencyPredictor.load(tmp_path).p90_ == predictor.p90_
+
+
+def test_the_better_trees_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Among the trees it compares; never below so many networks, and a loaded predictor knows which they are."""
+    from hwsearch.latency import predictor as module
+
+    rng, samples = np.random.default_rng(3), []
+    for number in range(40):
+        kernels = tuple(conv(rng) for _ in range(12))
+        # No line and no single split tells this, and no kernel comes twice.
+        bends = np.array([1 + (k.in_channels > 80) * (k.out_channels > 80) * (k.in_height > 7) for k in kernels])
+        ms = bends * np.array([k.macs / 4e7 + 1e-3 for k in kernels])
+        total = float(ms.sum())
+        node_ms = tuple(ms.tolist())
+        samples.append(NetworkSample(f"{number:04d}", f"f{number % 3}", kernels, node_ms, total, total, total, 0.01, 9))
+    table = LatencyTable("toy", FINGERPRINT, 0.5, 0.01, tuple(samples))
+    asked = {"rounds": 12, "folds": 2}
+    monkeypatch.setattr(module, "OTHERS", ({"max_depth": 6}, {"max_depth": 1}))
+    assert LatencyPredictor(max_depth=2, **asked).fit(table).settings_.max_depth == 2
+    monkeypatch.setattr(module, "TUNED_FROM", 40)
+    plain = LatencyPredictor(max_depth=1, tune=False, **asked).fit(table)
+    tuned = LatencyPredictor(max_depth=1, **asked).fit(table)
+    assert (plain.settings_.max_depth, tuned.settings_.max_depth) == (1, 6)
+    before, after = (np.abs(found.cross_validation_.log_error).mean() for found in (plain, tuned))
+    assert after < before
+    tuned.save(tmp_path)
+    assert LatencyPredictor.load(tmp_path).settings_ == tuned.settings_
