@@ -198,6 +198,11 @@ class WidthTable:
         return sum(sum(k is not None for k in slot_kernels(slot, counts, len(rows))) for slot in self.template.slots)
 
     @property
+    def program(self) -> Program:
+        """What says which widths, and sums of widths, each of the ``factors`` is a table over."""
+        return self._program
+
+    @property
     def entries(self) -> int:
         """Entries of all tables."""
         return sum(factor.entries for factor in self.factors)

@@ -105,6 +105,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class OwnRate:
+    """How a parameter learns that has a group of its own: its learning rate over everybody else's, and its momentum.
+    It has no weight decay."""
+
+    factor: float
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True)
 class TrainReport:
     """What a training did: steps taken, examples seen, and (step, mean training loss up to it) along the way."""
 
@@ -154,6 +163,7 @@ def run_steps(
     step: Step,
     *,
     identity: Mapping[str, Any],
+    own: Mapping[str, OwnRate] | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
@@ -163,14 +173,17 @@ def run_steps(
         model: owns the parameters and buffers that a checkpoint keeps; left in evaluation mode.
         step: must derive what is random in it from its number alone.
         identity: what else makes this run what it is; a checkpoint of another identity is refused.
+        own: names of parameters that learn in a group of their own.
     """
     total = config.total_steps(len(examples))
     shuffle = Shuffle(len(examples), config.batch_size, config.seed)
     whole = {**_identity(config), **identity, "steps": total, "data": examples.identity}
+    if own:
+        whole["own"] = {name: asdict(rate) for name, rate in own.items()}
     with settings(config), strided_inputs(model), processes.whole_batch_statistics(model):
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimiser = _optimiser(model, config)
+        optimiser = _optimiser(model, config, own or {})
         state = _State(model, optimiser, folder, whole)
         if state.step == 0:
             state.save()  # where a run starts from belongs to it: a new process may draw other first weights
@@ -313,7 +326,7 @@ def _one_step(
     torch.manual_seed(torch_seed(config.seed, "torch", step))  # dropout and the like
     rate = config.rate(step, total)
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
     optimiser.zero_grad(set_to_none=True)
     loss = processes.mean(float(run(step, batch)))
     processes.average_gradients([p for group in optimiser.param_groups for p in group["params"]])
@@ -324,11 +337,23 @@ def _one_step(
     return loss
 
 
-def _optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+def _optimiser(model: nn.Module, config: TrainConfig, own: Mapping[str, OwnRate]) -> torch.optim.SGD:
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in named]
+    common = [parameter for name, parameter in named if name not in own]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in common if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in common if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups += [
+        {
+            "params": [parameter for name, parameter in named if own.get(name) == rate],
+            "weight_decay": 0.0,
+            "factor": rate.factor,
+            "momentum": rate.momentum,
+            "nesterov": config.nesterov and rate.momentum > 0,
+        }
+        for rate in dict.fromkeys(own.values())
     ]
     # one tensor at a time: the grouped kernels may round differently for other strides
     optimiser = torch.optim.SGD(
