@@ -215,13 +215,18 @@ class SequenceBranch(Branch):
         if not self.bare:
             first = ConvShape(host.in_channels, middle, (1, 1), groups=host.groups)
             self.pointwise = first.layer(False, **factory)
-            _start_as_identity(self.pointwise)
+            self.after_reset()
             self.inner_norm = norm(middle)
         if self.averages:
             self.register_buffer("like", torch.zeros((), **factory), persistent=False)
         else:
             self.conv = inner.layer(False, **factory)
         self.norm = norm(host.out_channels)
+
+    def after_reset(self) -> None:
+        """The 1x1 part is the identity again, where the channels allow."""
+        if isinstance(self.pointwise, nn.Conv2d):
+            _start_as_identity(self.pointwise)
 
     def ends(self) -> tuple[str, str] | None:
         if self.bare:

@@ -76,3 +76,7 @@ def reset(model: nn.Module, seed: int) -> None:
             renew = getattr(module, "reset_parameters", None)
             if callable(renew):
                 renew()
+        for module in model.modules():  # what a module wants of layers inside it, which have just been drawn
+            arrange = getattr(module, "after_reset", None)
+            if callable(arrange):
+                arrange()
