@@ -35,7 +35,7 @@ TIMM = (
 EXTENT = {
     "inception_v3": 160, "vit_b_16": 224, "swin_t": 64, "vgg11_bn": 64, "alexnet": 64, "googlenet": 64,
     "levit_128s": 224, "vit_tiny_patch16_224": 224, "deit_tiny_patch16_224": 224, "mixer_s32_224": 224,
-    "resmlp_12_224": 224, "coat_lite_tiny": 64, "inception_v4": 128, "inception_resnet_v2": 128, "hrnet_w18_small": 64,
+    "resmlp_12_224": 224, "coat_lite_tiny": 224, "inception_v4": 128, "inception_resnet_v2": 128, "hrnet_w18_small": 64,
 }  # fmt: skip
 
 
