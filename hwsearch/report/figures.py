@@ -381,4 +381,6 @@ def quality(
         "hovertemplate": "%{y}, %{x}: %{z:.3g}<extra></extra>",
     }
     height = 130 + 18 * len(layers)
-    return _figure([trace], {"title": title, "showgrid": False}, dict(_NAMES_DOWN), height, showlegend=False)
+    return _figure(
+        [trace], {"title": title, "showgrid": False, "type": "category"}, dict(_NAMES_DOWN), height, showlegend=False
+    )
