@@ -75,8 +75,8 @@ class RepNASConfig:
 
     budget: BranchBudget = field(default_factory=BranchBudget)
     branches: int | None = None
-    warmup: float = 0.05
-    search: float = 0.15
+    warmup: float = 0.03
+    search: float = 0.1
     restart: bool = True
     alpha_rate: float | None = None
     travel: float | None = None

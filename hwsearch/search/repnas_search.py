@@ -7,6 +7,7 @@ winner's convolutions then become blocks (``reparametrize``), or on a network of
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -132,7 +133,7 @@ class RepNASSearch(Searcher):
             task, None, folder=run.state / "branches", progress=titled(progress, "branches")
         )
         run.event("branches", mask=found.mask, used=found.used, limit=found.limit)
-        told = found.to_dict()
+        told = json.loads(json.dumps(found.to_dict()))  # lists, as the file has them
         return replace(
             base,
             method=self.method,
