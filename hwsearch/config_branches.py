@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -65,7 +65,7 @@ class BranchSettings:
             )
             make = RepNASConfig.published if self.published else RepNASConfig
             search = {name: given[name] for name in ("warmup", "search", "restart", "whole") if name in given}
-            blocks = {new: given[new] for new in ("layers", "border", "post_norm") if new in given}
+            blocks: dict[str, Any] = {name: given[name] for name in ("layers", "border", "post_norm") if name in given}
             if "kinds" in given:
                 blocks["branches"] = given["kinds"]
             return RepNASSearchConfig(
