@@ -40,6 +40,7 @@ _HOME_OF = {
     "ConetV2": "hwsearch.search.conetv2",
     "RepNAS": "hwsearch.search.repnas",
     "deploy": "hwsearch.deploy.bundle",
+    "Int8Settings": "hwsearch.deploy.quantise",
     "verify": "hwsearch.deploy.verify",
     "report": "hwsearch.report",
     "HwsearchError": "hwsearch.errors",

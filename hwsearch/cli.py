@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from hwsearch.cli_device import device_app
-from hwsearch.cli_shared import Allow, DeviceName, Input, Json, Model, show_facts, show_result
+from hwsearch.cli_shared import Allow, DeviceName, Input, Json, Model, Unfolded, show_facts, show_result
 from hwsearch.console import Console
 from hwsearch.errors import HwsearchError
 
@@ -125,10 +125,11 @@ def estimate(
     explain: Annotated[
         bool, typer.Option("--explain", help="Per layer: bound, stair edges, and why the network is not faster.")
     ] = False,
+    allow_unfolded: Unfolded = False,
     allow: Allow = None,
     as_json: Json = False,
 ) -> None:
-    """Predict a model's milliseconds from its kernels.
+    """Predict a model's milliseconds from its kernels, folded first.
 
     Example: hwsearch estimate hwsearch.models.resnet:resnet_small --device simulated --input 1x1x28x28 --explain
     """
@@ -143,26 +144,45 @@ def estimate(
     with open_session(target, message=talk.say) as session:
         predictor = predictor_of(target, session.fingerprint)
         with talk.bar("stairs") as bar:
-            found = run_estimate(argument, target, session, predictor, why=explain, told=bar)
+            found = run_estimate(
+                argument,
+                target,
+                session,
+                predictor,
+                why=explain,
+                told=bar,
+                allow_unfolded=allow_unfolded,
+                tell=talk.say,
+            )
     show_result(as_json, found.to_dict(), found.show)
 
 
 @app.command()
-def measure(model: Model, device: DeviceName, input: Input = None, allow: Allow = None, as_json: Json = False) -> None:
-    """Measure a model's milliseconds on a device.
+def measure(
+    model: Model,
+    device: DeviceName,
+    input: Input = None,
+    allow_unfolded: Unfolded = False,
+    allow: Allow = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model's milliseconds on a device, folded first.
 
     Example: hwsearch measure hwsearch.models.resnet:resnet_small --device simulated --input 1x1x28x28
     """
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
+    from hwsearch.estimation import network_of
     from hwsearch.latency.measure import measure as run_measure
     from hwsearch.preparation import ensure_checked
 
     talk = Console(json=as_json)
     target = Device.load(device)
-    onnx = _argument(model, input, allow).to_onnx()
+    onnx = network_of(_argument(model, input, allow), target, allow_unfolded=allow_unfolded, tell=talk.say)
     with open_session(target, message=talk.say) as session:
-        found = run_measure(onnx, session, reference_ms=ensure_checked(target, session, talk))
+        found = run_measure(
+            onnx, session, reference_ms=ensure_checked(target, session, talk), allow_unfolded=allow_unfolded
+        )
     facts = {"model": model, "device": target.name, **asdict(found)}
     show_result(as_json, facts, lambda console: show_facts(console, f"{model} on {target.name}", facts))
 
@@ -255,6 +275,17 @@ def deploy(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     input: Input = None,
     budget_ms: Annotated[float | None, typer.Option(help="Milliseconds that the network must keep.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or int8; by default the device's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="For int8: whose held-out images calibrate; by default the run's own data.")
+    ] = None,
+    keep_fp32: Annotated[
+        str | None, typer.Option(help="For int8: layers in float32: how many, their names joined by commas, or auto.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="For --keep-fp32 auto: how much of the metric may be lost; 0.005 by default.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Write the measured milliseconds into it too.")] = False,
     allow: Allow = None,
     as_json: Json = False,
 ) -> None:
@@ -262,18 +293,25 @@ def deploy(
 
     Example: hwsearch deploy hwsearch.models.resnet:resnet_small --device simulated --input 1x1x28x28 --output bundle
     """
-    from hwsearch.deploy.bundle import deploy as write_bundle
+    from hwsearch.deployment import DeployOptions, deploy_model
     from hwsearch.device.spec import Device
-    from hwsearch.search.budget import checked_ms
 
-    if budget_ms is not None:
-        checked_ms(budget_ms, "--budget-ms")
-    argument = _argument(model, input, allow)
-    bundle = write_bundle(
-        argument.need_module(), argument.example_input, Device.load(device), output, budget_ms=budget_ms
-    )
-    facts = {"bundle": str(output), "name": bundle.name}
-    show_result(as_json, facts, lambda console: console.show(f"bundle written to {output}"))
+    options = DeployOptions(budget_ms, precision, data, keep_fp32, tolerance, measure)
+    talk = Console(json=as_json)
+    bundle = deploy_model(_argument(model, input, allow), Device.load(device), output, options, talk)
+    facts = {
+        "bundle": str(output), "name": bundle.name, "precision": bundle.precision, "predicted_ms": bundle.predicted_ms,
+        "measured_ms": bundle.measured_ms, "quantisation": bundle.report,
+    }  # fmt: skip
+
+    def show(console: Console) -> None:
+        if bundle.report is not None:
+            from hwsearch.deploy.quantised_report import markdown
+
+            console.show(markdown(bundle.report))
+        console.show(f"bundle written to {output}")
+
+    show_result(as_json, facts, show)
 
 
 @app.command()

@@ -22,6 +22,10 @@ Allow = Annotated[
     str | None,
     typer.Option("--allow-factory", help="The factory that a model folder names, repeated: loading runs its code."),
 ]
+Unfolded = Annotated[
+    bool,
+    typer.Option("--allow-unfolded", help="Take the model as it stands: neither fold it, nor refuse an unfolded file."),
+]
 Input = Annotated[str | None, typer.Option("--input", "-i", help="Shape of one inference, such as 1x3x224x224.")]
 
 

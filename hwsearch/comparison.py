@@ -53,6 +53,7 @@ def compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, ..
     """Full width, uniform scaling at the same budget and the found network: trained alike, tested, measured."""
     from hwsearch.graph.onnx_build import export_onnx
     from hwsearch.latency.measure import measure_many
+    from hwsearch.latency.quantising import quantise_network
     from hwsearch.reparam.fold import fold
     from hwsearch.search.baselines import uniform
     from hwsearch.search.winner import train_choice
@@ -82,8 +83,10 @@ def compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, ..
         (name, export_onnx(fold(network, ready.example, require=False), ready.example))
         for name, network in networks.items()
     ]
+    if ready.device.precision == "int8":
+        files = [(name, quantise_network(file)) for name, file in files]
     # Interleaved with each other: a comparison must not depend on the minute in which each one was timed.
-    timings = measure_many(files, ready.session, reference_ms=ready.reference_ms)
+    timings = measure_many(files, ready.session, reference_ms=ready.reference_ms, allow_unfolded=True)
     rows = []
     for (name, network), measured in zip(networks.items(), timings, strict=True):
         tested = evaluate(network, task, test, training)

@@ -55,6 +55,7 @@ from hwsearch.config_types import (
 from hwsearch.errors import InputError
 
 if TYPE_CHECKING:
+    from hwsearch.deploy.quantise import Int8Settings
     from hwsearch.graph.control import GroupRule
     from hwsearch.search.cafenet import CafeNetConfig
     from hwsearch.search.conetv2_config import ConetConfig
@@ -295,10 +296,34 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class DeploySettings:
-    """``[deploy]``: where the bundle goes; by default ``bundle`` in the run folder."""
+    """``[deploy]``: where the bundle goes (by default ``bundle`` in the run folder), and in which precision (by default
+    the device's). For 8 bits see ``Int8Settings``: layers in float32, what may be lost, images to calibrate on.
+    """
 
     __pydantic_config__ = _STRICT
     output: Text | None = None
+    precision: Literal["float32", "int8"] | None = None
+    keep_fp32: Annotated[
+        Whole | Literal["auto"] | tuple[Text, ...],
+        Field(description='a number of layers, "auto", or a list of their names'),
+    ] | None = None  # fmt: skip
+    tolerance: Share | None = None
+    images: Count | None = None
+    methods: tuple[Text, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision == "float32" and (given := _given(self, "keep_fp32", "tolerance", "images", "methods")):
+            raise InputError(f"deploy.{next(iter(given))} is for 8 bits: leave it out, or set deploy.precision to int8")
+
+    def int8(self) -> Int8Settings:
+        """How the network is brought to 8 bits.
+
+        Raises:
+            InputError: an unknown calibration method.
+        """
+        from hwsearch.deploy.quantise import Int8Settings
+
+        return Int8Settings(**_given(self, "keep_fp32", "tolerance", "images", "methods"))
 
 
 @dataclass(frozen=True)

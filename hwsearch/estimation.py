@@ -81,6 +81,75 @@ class Estimate:
         )
 
 
+def network_of(
+    argument: ModelArgument, device: Device, *, allow_unfolded: bool = False, tell: Callable[[str], None] | None = None
+) -> bytes:
+    """The network that a device would run for a model: folded, and in 8 bits on an ``int8`` device.
+
+    A PyTorch model is folded here; an ONNX file cannot be, and is refused where it holds blocks of branches. A float
+    network becomes an 8-bit one without calibration: the same kernels, so the same milliseconds.
+
+    Args:
+        allow_unfolded: take the model as it stands, neither folded nor refused.
+        tell: told in a line what was done to the model.
+    Raises:
+        InputError: an ONNX file that is unfolded.
+        UnsupportedModelError: the model cannot be exported.
+    """
+    from hwsearch.latency.quantising import is_quantised, quantise_network
+    from hwsearch.latency.unfolded import refuse_unfolded
+
+    say = tell or (lambda text: None)
+    onnx = argument.to_onnx(unfolded=allow_unfolded)
+    if not allow_unfolded:
+        left = refuse_unfolded(onnx, argument.spec).norms
+        if argument.module is not None:
+            say(_folded(argument))
+        elif left:
+            say(
+                f"{argument.spec} holds {len(left)} batch norms behind convolutions (the first: {left[0]}): the "
+                "runtime may fold them when it loads the file; `hwsearch fold` does it for certain"
+            )
+    if device.precision == "int8" and not is_quantised(onnx):
+        say(f"{device.name} is an int8 device: {argument.spec} is looked at in 8 bits (quantised without calibration)")
+        onnx = quantise_network(onnx)
+    return onnx
+
+
+def _folded(argument: ModelArgument) -> str:
+    """What folding a module does, in a line."""
+    from hwsearch.reparam.foreign import blocks_of, foreign_blocks
+    from hwsearch.reparam.statistics import is_norm
+
+    module = argument.need_module()
+    blocks = len(list(blocks_of(module))) + len(foreign_blocks(module))
+    norms = sum(is_norm(inner) for inner in module.modules())
+    if not blocks and not norms:
+        return f"{argument.spec} has nothing to fold"
+    return f"{argument.spec} is folded first: {blocks} blocks of branches, {norms} batch norms"
+
+
+def pricer(
+    device: Device, session: DeviceSession, predictor: LatencyPredictor | None, reference_ms: float | None
+) -> Callable[[bytes], tuple[float | None, float | None]]:
+    """(predicted, measured) milliseconds of a network that is deployed: predicted where there is a predictor, measured
+    where there is a reference speed."""
+    from hwsearch.latency.measure import measure
+    from hwsearch.latency.predictor import OutOfRangeWarning
+
+    def price(onnx: bytes) -> tuple[float | None, float | None]:
+        predicted = measured = None
+        if predictor is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", OutOfRangeWarning)
+                predicted = predictor.network(session.lower([onnx])[0]).ms
+        if reference_ms is not None:
+            measured = measure(onnx, session, reference_ms=reference_ms, allow_unfolded=True).measured_ms
+        return predicted, measured
+
+    return price
+
+
 def estimate(
     argument: ModelArgument,
     device: Device,
@@ -89,23 +158,27 @@ def estimate(
     *,
     why: bool = False,
     told: Told | None = None,
+    allow_unfolded: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> Estimate:
-    """Predict a model's milliseconds; with ``why`` also explain them.
+    """Predict a model's milliseconds; with ``why`` also explain them. See ``network_of`` for what is looked at.
 
     Raises:
+        InputError: an ONNX file that is unfolded.
         UnsupportedModelError: the model cannot be exported.
         DeviceJobError: the runtime rejects it.
     """
     from hwsearch.latency.memory import peak_memory
     from hwsearch.latency.predictor import OutOfRangeWarning
 
-    onnx = argument.to_onnx()
+    onnx = network_of(argument, device, allow_unfolded=allow_unfolded, tell=tell)
     kernels = session.lower([onnx], [argument.spec])[0]
     with warnings.catch_warnings():
         # What is guessed is listed with the result.
         warnings.simplefilter("ignore", OutOfRangeWarning)
         found = predictor.network(kernels)
-        explanation = explain_model(argument, onnx, kernels, session, predictor, told) if why else None
+        note = "no stair edges: the model is looked at as it stands, unfolded" if allow_unfolded else ""
+        explanation = explain_model(argument, onnx, kernels, session, predictor, told, note) if why else None
     # A pretended runtime plans no buffers: there the file is read as it stands.
     graph = onnx if device.simulated else session.optimise([onnx], [argument.spec])[0]
     return Estimate(argument.spec, device.name, kernels, found, peak_memory(graph), explanation)
@@ -118,17 +191,22 @@ def explain_model(
     session: DeviceSession,
     predictor: LatencyPredictor,
     told: Told | None = None,
+    note: str = "",
 ) -> Explanation:
     """Explain a model: with the stair edges of its width space where it has one, else with a line that says why not."""
     from hwsearch.latency.explain import explain, explain_choice, named_kernels
     from hwsearch.latency.lowering import Lowering
     from hwsearch.latency.network import NetworkLatency
+    from hwsearch.latency.quantising import template_for
 
     try:
-        template, choice = _space_of(argument)
+        if note:
+            raise InputError(note.removeprefix("no stair edges: "))
+        plain, choice = _space_of(argument)
     except (InputError, UnsupportedModelError) as error:
         note = f"no stair edges: {error}"
         return explain(onnx, named_kernels(onnx, kernels, session), predictor, note=note)
+    template = template_for(plain, session.device.precision)
     latency = NetworkLatency(template.space, predictor, Lowering(template, session))
     return explain_choice(latency, choice, template.slice(choice), told=told)
 

@@ -60,9 +60,11 @@ class ModelArgument:
 
         return torch.randn(self.input_shape, generator=torch.Generator().manual_seed(0))
 
-    def to_onnx(self) -> bytes:
-        """The network as it would be deployed: batch normalisation folded where there is any, then exported.
+    def to_onnx(self, *, unfolded: bool = False) -> bytes:
+        """The network as it would be deployed: blocks and batch norms folded where there are any, then exported.
 
+        Args:
+            unfolded: export it as it stands instead.
         Raises:
             UnsupportedModelError: the module does not run on ``input_shape``, or cannot be exported.
         """
@@ -72,7 +74,9 @@ class ModelArgument:
         from hwsearch.reparam.fold import fold
 
         module = self.need_module()
-        return export_onnx(fold(module, self.example_input, require=False), self.example_input)
+        if not unfolded:
+            module = fold(module, self.example_input, require=False)
+        return export_onnx(module, self.example_input)
 
     def need_module(self) -> nn.Module:
         """The PyTorch module.

@@ -34,6 +34,7 @@ def run(config: RunConfig, console: Console) -> Outcome:
     """The whole path. Raises what its stages raise; a missed budget is in the verdict, not an error."""
     from hwsearch.deploy.bundle import deploy
     from hwsearch.deploy.verify import verify
+    from hwsearch.estimation import pricer
     from hwsearch.report import report
 
     with prepare(config, console) as ready:
@@ -41,6 +42,9 @@ def run(config: RunConfig, console: Console) -> Outcome:
         rows, metric_name = compare(ready, result)
         console.step("Deploying and verifying the found network")
         assert result.model is not None
+        precision = config.deploy.precision or ready.device.precision
+        eight = precision == "int8"
+        predictor = ready.latency.predictor if ready.device.precision == precision else None
         deploy(
             result.model,
             ready.example,
@@ -50,10 +54,17 @@ def run(config: RunConfig, console: Console) -> Outcome:
             predicted_ms=result.predicted_ms * result.limits[0].correction,
             measured_ms=result.measured_ms,
             name=config.run.name,
+            precision=precision,
+            # which layers are in 8 bits is known in the end only
+            price=pricer(ready.device, ready.session, predictor, ready.reference_ms) if eight else None,
+            task=config.data.load(config.run.seed)[0] if eight else None,
+            int8=config.deploy.int8(),
+            tell=console.say,
         )
         verdict = verify(config.bundle_folder, ready.device, session=ready.session)
         verdict.save(config.bundle_folder / "verdict.json")
-        rows = tuple(with_verdict(row, verdict) if row.name == "found" else row for row in rows)
+        if precision == ready.device.precision:  # else the bundle's milliseconds are not those that rows compare
+            rows = tuple(with_verdict(row, verdict) if row.name == "found" else row for row in rows)
         write_summary(ready, rows, metric_name, verdict)
         _explain(ready, result)
         ready.run.event("verified", status=verdict.status, measured_ms=verdict.measured_ms)

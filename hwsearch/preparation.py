@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hwsearch.latency.measure import Measurement
     from hwsearch.latency.network import NetworkLatency
     from hwsearch.latency.predictor import LatencyPredictor
+    from hwsearch.latency.sample import NetworkTemplate
     from hwsearch.latency.table import LatencyTable
     from hwsearch.search.budget import Budget
     from hwsearch.search.run_folder import RunFolder
@@ -58,7 +59,7 @@ class Prepared:
     module: nn.Module
     example: Tensor
     space: WidthSpace
-    template: OnnxTemplate
+    template: NetworkTemplate
     latency: NetworkLatency
     budget: Budget
 
@@ -66,7 +67,8 @@ class Prepared:
         """A network's milliseconds on the device, by the one code path for measuring."""
         from hwsearch.latency.measure import measure
 
-        return measure(onnx, self.session, reference_ms=self.reference_ms)
+        # it has been folded as deploying folds it: what is left is what runs
+        return measure(onnx, self.session, reference_ms=self.reference_ms, allow_unfolded=True)
 
 
 @contextmanager
@@ -85,16 +87,18 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
     from hwsearch.graph.widths import WidthSpace
     from hwsearch.latency.lowering import Lowering
     from hwsearch.latency.network import NetworkLatency
+    from hwsearch.latency.quantising import template_for
     from hwsearch.reparam.fold import fold
     from hwsearch.search.budget import Budget, Limit
     from hwsearch.search.run_folder import open_run
 
     device = Device.load(config.device.name)
-    if device.precision == "int8":
+    if device.precision == "int8" and config.deploy.precision == "float32":
         raise InputError(
-            f"device {device.name!r} is an int8 one, and a run deploys float32 networks: use a float32 device, or "
-            "price choices in 8-bit milliseconds with hwsearch.NetworkLatency(space, predictor)"
+            f"device {device.name!r} is an int8 one, so the search is in 8-bit milliseconds, but deploy.precision is "
+            "float32: leave it out, or use a float32 device"
         )
+    config.deploy.int8()  # wrong settings are told now, not after the training
     module, example = _model(config)
     with (
         open_run(config.run_folder, config.identity()) as run_folder,
@@ -108,7 +112,8 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         if config.groups:
             space = bounded(space, example, [rule.rule() for rule in config.groups])
             module = space.model or module  # a maximum makes the network narrower
-        template = OnnxTemplate(space, fold(module, example, require=False), example)
+        plain = OnnxTemplate(space, fold(module, example, require=False), example)
+        template = template_for(plain, device.precision)
         console.say(f"  {len(space.groups)} width groups, 10^{space.log10_size:.1f} networks")
         console.step(f"Profiling {device.name}")
         table = profile_device(
@@ -116,7 +121,7 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
             session,
             console,
             minutes=config.profile.minutes,
-            templates=(template,),
+            templates=(plain,),
             seed=config.run.seed,
         )
         predictor, card = _fitted(device, table, session, console)
@@ -312,12 +317,13 @@ def _model(config: RunConfig) -> tuple[nn.Module, Tensor]:
 
 
 def _full_ms(
-    session: DeviceSession, template: OnnxTemplate, space: WidthSpace, reference_ms: float, console: Console
+    session: DeviceSession, template: NetworkTemplate, space: WidthSpace, reference_ms: float, console: Console
 ) -> float:
     from hwsearch.latency.measure import measure
 
     console.step("Measuring the full network")
-    return measure(template.slice(space.full()), session, reference_ms=reference_ms).measured_ms
+    onnx = template.slice(space.full())
+    return measure(onnx, session, reference_ms=reference_ms, allow_unfolded=True).measured_ms
 
 
 def _once(run: RunFolder, name: str, make: Callable[[], float]) -> float:

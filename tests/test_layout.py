@@ -32,6 +32,7 @@ ORDER = [
     "model_argument",
     "estimation",
     "preparation",
+    "deployment",
     "space_view",
     "comparison",
     "pipeline",

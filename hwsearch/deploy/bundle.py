@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from hwsearch.deploy.quantise import Int8Settings
     from hwsearch.device.spec import Device
+    from hwsearch.train.task import Task
 
 __all__ = ["Bundle", "deploy", "read_bundle"]
+
+PRECISIONS = ("float32", "int8")
+REPORT, CANARY = "quantisation.json", "canary.onnx"
+_KEYS = {"float": "reference"}
 
 
 def deploy(
@@ -39,10 +46,18 @@ def deploy(
     cases: int = 3,
     seed: int = 0,
     relative_tolerance: float = 1e-4,
+    precision: str | None = None,
+    calibration: torch.Tensor | None = None,
+    task: Task | None = None,
+    int8: Int8Settings | None = None,
+    price: Callable[[bytes], tuple[float | None, float | None]] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Bundle:
     """Write a network as a bundle: folded, exported to ONNX, with golden cases, hashes and its promise in milliseconds.
 
-    Golden outputs are those of the model as given, before folding and export, so that ``verify`` judges both.
+    Golden outputs are those of the model as given, before folding and export, so that ``verify`` judges both. An 8-bit
+    network's golden inputs are held-out images, its golden outputs its own; the float network's stand beside them, with
+    how much of them it promises to leave (see ``hwsearch.deploy.int8``), and a report of every layer.
 
     Args:
         model: in eval mode; folded or not (batch norm behind a convolution is folded into it here). Not changed.
@@ -51,14 +66,23 @@ def deploy(
         folder: a new folder, an empty one, or an older bundle, which is replaced in one step.
         budget_ms, predicted_ms, measured_ms: what is known; above 0, milliseconds.
         cases: golden cases, 1 to 64; those after the first are random, of the example's mean and spread.
-        relative_tolerance: how far a runtime may be off, relative to the largest golden output.
+        relative_tolerance: how far a runtime may be off, relative to the largest golden output; of a float network.
+        precision: ``"float32"`` or ``"int8"``; None is the device's.
+        calibration: for 8 bits: held-out training inputs (N, C, ...), as the network gets them; never of a test set.
+        task: for 8 bits: gives such inputs from its ``valid``, and judges by its metric on the rest of them.
+        int8: how it is brought to 8 bits, and which layers stay in float32.
+        price: (predicted, measured) milliseconds of the network as it is written, in place of those given.
+        tell: told in a line what was found on the way to 8 bits.
     Raises:
-        InputError: a value out of range, training mode, a folder that holds something else or cannot be written.
+        InputError: a value out of range, training mode, a folder that holds something else or cannot be written, 8 bits
+            without images.
         UnsupportedModelError: the model cannot be traced or exported; the message names the operation.
+        CheckFailedError: 8 bits lose more than they may.
 
     Example:
         >>> bundle = deploy(model, torch.zeros(1, 1, 28, 28), device, "bundle", budget_ms=1.5)   # doctest: +SKIP
     """
+    from hwsearch.device.canary import canary_bytes
     from hwsearch.graph.onnx_build import export_onnx
     from hwsearch.reparam.fold import fold
 
@@ -70,19 +94,44 @@ def deploy(
         raise InputError(f"cases is {cases!r}: give 1 to {MAX_CASES}")
     if not 0 < relative_tolerance <= 0.1:
         raise InputError(f"relative_tolerance is {relative_tolerance!r}: give a number above 0, at most 0.1")
+    precision = device.precision if precision is None else precision
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
     target = Path(folder)
     _refuse_foreign(target)
     folded = fold(model, example_input, require=False)
     golden = _golden(model, example_input, cases, seed)
     files = {"model.onnx": export_onnx(folded, example_input)}
+    facts = _device_facts(device)
+    extra: dict[str, Any] = {}
+    if precision == "int8":
+        from hwsearch.deploy.int8 import int8_network
+        from hwsearch.deploy.quantise import Int8Settings, scheme_for
+
+        eight = int8_network(
+            model, folded, files["model.onnx"], calibration=calibration, task=task, settings=int8 or Int8Settings(),
+            scheme=scheme_for((facts["fingerprint"] or {}).get("isa", "")), cases=cases, tell=tell,
+        )  # fmt: skip
+        golden, relative_tolerance = list(eight.cases), eight.relative_tolerance
+        files |= {"model.onnx": eight.quantised.onnx, REPORT: _json(eight.report.to_dict())}
+        extra = {"quantisation": {**eight.facts(), "report": REPORT}}
+    files[CANARY] = canary_bytes()
+    if price is not None:
+        given["predicted_ms"], given["measured_ms"] = price(files["model.onnx"])
+    names = [("input", "output", "float")[: 2 if case.reference is None else 3] for case in golden]
     for number, case in enumerate(golden):
-        files |= {f"input_{number}.npy": npy_bytes(case.input), f"output_{number}.npy": npy_bytes(case.output)}
+        arrays = (case.input, case.output, case.reference)
+        files |= {
+            f"{name}_{number}.npy": npy_bytes(array)
+            for name, array in zip(names[number], arrays, strict=False)
+            if array is not None
+        }
     manifest = {
         "schema": SCHEMA,
         "version": VERSION,
         "name": name or type(model).__name__,
         "device": device.name,
-        "precision": device.precision,
+        "precision": precision,
         "input_name": "input",
         "output_name": "output",
         "input_shape": list(golden[0].input.shape),
@@ -91,14 +140,22 @@ def deploy(
         "parameters": sum(p.numel() for p in folded.parameters()),
         "macs": _macs(folded, example_input),
         "model": "model.onnx",
-        "cases": [{"input": f"input_{i}.npy", "output": f"output_{i}.npy"} for i in range(len(golden))],
+        "canary": CANARY,
+        "cases": [
+            {_KEYS.get(name, name): f"{name}_{number}.npy" for name in found} for number, found in enumerate(names)
+        ],
         "files": {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in sorted(files.items())},
         **given,
-        **_device_facts(device),
+        **facts,
+        **extra,
     }
-    files[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    files[MANIFEST] = _json(manifest)
     write_folder(target, files)
     return read_bundle(target)
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def _golden(model: nn.Module, example_input: torch.Tensor, cases: int, seed: int) -> list[Golden]:

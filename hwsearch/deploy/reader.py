@@ -4,6 +4,9 @@
       manifest.json                  schema, version, device, budget, predicted and measured ms, SHA-256 of every file
       model.onnx                     the folded network, weights inside
       input_0.npy, output_0.npy ...  golden inputs, and what the network must answer to them
+      float_0.npy ...                of an 8-bit network: what the float network answers
+      canary.onnx                    what the device's speed is told by, for a board that cannot write it
+      quantisation.json              of an 8-bit network: its layers, what 8 bits cost in each (see quantised_report.py)
 
 Reading needs the standard library and numpy alone, and trusts nothing: only files that the manifest lists are opened,
 by plain names (no folders, no links), and only if size and SHA-256 agree; arrays are parsed without pickle, and a model
@@ -38,10 +41,14 @@ MAX_CASES = 64
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """One golden case: an input and the output that the unfolded PyTorch network gave for it (static shapes)."""
+    """One golden case: an input and the output that the unfolded PyTorch network gave for it (static shapes).
+
+    Of an 8-bit network ``output`` is its own answer, and ``reference`` that of the float network.
+    """
 
     input: np.ndarray
     output: np.ndarray
+    reference: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,8 @@ class Bundle:
     ``relative_tolerance`` and ``absolute_tolerance`` say how far a runtime's output may be from the golden one:
     ``max|got - golden| <= absolute + relative * max|golden|``. ``noise_floor`` and ``reference_ms`` are those of the
     device when the bundle was made. Milliseconds and the budget are None where they were not given.
+    ``promised_sqnr_db`` is what an 8-bit network must leave of the float one's output on the golden cases; ``report``
+    the content of its ``quantisation.json``.
     """
 
     folder: Path
@@ -71,6 +80,10 @@ class Bundle:
     parameters: int | None = None
     fingerprint: dict[str, Any] | None = None
     sha256: dict[str, str] = field(default_factory=dict, repr=False)
+    precision: str = "float32"
+    promised_sqnr_db: float | None = None
+    report: dict[str, Any] | None = field(default=None, repr=False)
+    canary: bytes | None = field(default=None, repr=False)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -110,14 +123,29 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     cases = []
     for number, case in enumerate(manifest.sequence("cases", MAX_CASES)):
         names = _Fields(case, f"{MANIFEST}: cases[{number}]")
-        pair = ((names.text(key), f"cases[{number}].{key}") for key in ("input", "output"))
+        keys = ("input", "output", "reference") if "reference" in names.data else ("input", "output")
+        pair = ((names.text(key), f"cases[{number}].{key}") for key in keys)
         cases.append(Golden(*(parse_npy(content(name, where), name) for name, where in pair)))
+        if cases[-1].reference is not None and cases[-1].reference.shape != cases[-1].output.shape:
+            raise SchemaError(f"{MANIFEST}: cases[{number}]: reference and output differ in shape")
     if not cases:
         raise SchemaError(f"{MANIFEST}: cases is empty; a bundle carries at least one golden case")
     if len({(c.input.shape, c.output.shape, c.input.dtype, c.output.dtype) for c in cases}) > 1:
         raise SchemaError(f"{MANIFEST}: the golden cases differ in shape or type")
     tolerance = _Fields(manifest.mapping("tolerance"), f"{MANIFEST}: tolerance")
     fingerprint = manifest.raw("fingerprint")
+    canary = None
+    if "canary" in manifest.data:  # bundles of earlier releases have none
+        canary = content(manifest.text("canary"), "canary")
+        refuse_external_data(canary, manifest.text("canary"))
+    promised, report = None, None
+    if "quantisation" in manifest.data:
+        told = _Fields(manifest.mapping("quantisation"), f"{MANIFEST}: quantisation")
+        promised = told.number("promised_sqnr_db", low=-200.0, high=200.0)
+        name = told.text("report")
+        report = _parse(content(name, "quantisation.report"), name)
+        if not isinstance(report, dict):
+            raise SchemaError(f"{name} is not a JSON object: the bundle is damaged")
     return Bundle(
         folder=path,
         name=manifest.text("name"),
@@ -132,6 +160,10 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         macs=manifest.count("macs"),
         parameters=manifest.count("parameters"),
         sha256={name: digest for name, (_, digest) in listed.items()},
+        precision=manifest.text("precision"),
+        promised_sqnr_db=promised,
+        report=report,
+        canary=canary,
         **{key: manifest.optional_ms(key) for key in _MILLISECONDS},
     )
 
@@ -209,14 +241,14 @@ def _listed(files: dict[str, Any]) -> dict[str, tuple[int, str]]:
     return listed
 
 
-def _parse(content: bytes) -> Any:
+def _parse(content: bytes, name: str = MANIFEST) -> Any:
     def refuse(value: str) -> Any:
         raise ValueError(f"{value} is not a number of JSON")
 
     try:
         return json.loads(content.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise SchemaError(f"{MANIFEST} is not valid JSON ({_short(str(error))}): the bundle is damaged") from error
+        raise SchemaError(f"{name} is not valid JSON ({_short(str(error))}): the bundle is damaged") from error
 
 
 def _checked(folder: Path, name: str, size: int, digest: str) -> bytes:

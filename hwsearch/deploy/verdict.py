@@ -18,6 +18,10 @@ from hwsearch.errors import InputError, SchemaError
 
 SCHEMA, VERSION = "hwsearch.verdict", 1
 STATUSES = ("pass", "conditional", "fail")
+#: Fields that verdicts of earlier releases lack.
+_ADDED = ("precision", "sqnr_db", "promised_sqnr_db")
+#: Decibels of what cannot be told apart.
+_EXACT_DB = 200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class Verdict:
 
     ``status`` is "pass", "conditional" (inside the budget at the device's reference speed, but not as the clock saw it
     now) or "fail"; ``reasons`` says why it is no pass, ``notes`` what else a reader should know. Milliseconds are None
-    where nothing was timed or promised; ``noise_floor`` is the device's relative test-retest error.
+    where nothing was timed or promised; ``noise_floor`` is the device's relative test-retest error. ``sqnr_db`` is what
+    an 8-bit network leaves of the float one's output on the golden cases, ``promised_sqnr_db`` what it must leave.
     """
 
     status: str
@@ -55,6 +60,9 @@ class Verdict:
     spread: float | None = None
     rounds: int | None = None
     noise_floor: float | None = None
+    precision: str = "float32"
+    sqnr_db: float | None = None
+    promised_sqnr_db: float | None = None
 
     @property
     def exit_code(self) -> int:
@@ -87,7 +95,7 @@ class Verdict:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if (data["schema"], data["version"]) != (SCHEMA, VERSION) or data["status"] not in STATUSES:
                 raise SchemaError(f"{path} is no verdict of version {VERSION}: verify the bundle again")
-            known = {f.name: data[f.name] for f in fields(cls)}
+            known = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.name not in _ADDED}
             found = data["numerics"]
             absolute, relative, allowed = (
                 math.inf if found[key] is None else float(found[key])
@@ -119,12 +127,36 @@ def compare(pairs: list[tuple[np.ndarray, np.ndarray]], relative: float, absolut
     return Numerics(ok, max(errors), max(ratios), allowed[worst], len(pairs))
 
 
+def sqnr_db(signal: np.ndarray, got: np.ndarray) -> float:
+    """Signal to quantisation noise: ``10 log10(sum signal^2 / sum (signal - got)^2)``, -200 to 200 dB; arrays of one
+    shape. A value that is not finite is all noise.
+
+    Example:
+        >>> sqnr_db(np.array([3.0, 4.0]), np.array([3.0, 3.5]))
+        20.0
+    """
+    exact = signal.astype(np.float64)
+    if signal.shape != got.shape:
+        return -_EXACT_DB
+    noise = float(np.square(exact - got.astype(np.float64)).sum())
+    power = float(np.square(exact).sum())
+    if not math.isfinite(noise) or not math.isfinite(power):
+        return -_EXACT_DB
+    if noise == 0:
+        return _EXACT_DB
+    ratio = max(power / noise, 10 ** (-_EXACT_DB / 10))
+    return min(10 * math.log10(ratio), _EXACT_DB)
+
+
 def judge(
     numerics: Numerics,
     budget_ms: float | None,
     measured_ms: float | None,
     raw_p50_ms: float | None,
     raw_noise_floor: float,
+    *,
+    sqnr: float | None = None,
+    promised_sqnr: float | None = None,
 ) -> tuple[str, tuple[str, ...]]:
     """(status, reasons). Pass: numerics hold, ``measured_ms`` is within the budget, and the raw median is within the
     budget times (1 + the noise floor of raw medians). The raw median alone too high makes it conditional: the machine
@@ -133,6 +165,10 @@ def judge(
     if not numerics.ok:
         reasons.append(
             f"outputs differ from the golden ones by {numerics.max_abs_error:.3g}, {numerics.allowed:.3g} is allowed"
+        )
+    if sqnr is not None and promised_sqnr is not None and not sqnr >= promised_sqnr:
+        reasons.append(
+            f"8 bits leave {sqnr:.1f} dB of the float network's output here, {promised_sqnr:.1f} dB are promised"
         )
     if budget_ms is None or measured_ms is None or raw_p50_ms is None:
         return ("fail" if reasons else "pass"), tuple(reasons)

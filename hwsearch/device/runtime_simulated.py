@@ -1,8 +1,8 @@
 """A pretended device with the habits of a real one: the whole chain is tested and resumed on it, in no wall time.
 
 The same names as in every runtime. Its optimiser (:mod:`hwsearch.device.simulated_graph`) blocks channels and fuses by
-shape, so there are stairs and layout changes. Its machine wanders in speed a little, is disturbed for tenths of a
-second and has noise, and the canary feels that as every network does.
+shape, so there are stairs and layout changes; layers in 8 bits (QDQ) are faster. Its machine wanders in speed a
+little, is disturbed for tenths of a second and has noise, and the canary feels that as every network does.
 
 Everything about a network follows from (options, its bytes, the stopwatch's settings): its clock starts at a moment
 derived from the bytes, and its noise from the same seed. So results depend neither on what ran before nor on a restart.
@@ -105,6 +105,8 @@ def kernel_ms(kernel: Kernel, options: Mapping[str, float], threads: int = 1) ->
     rate = options["gmacs"] * 1e6 * _EFFICIENCY.get(kernel.family, 1.0) * (1 + 0.8 * (threads - 1))
     if kernel.layout_out == "nchw" and kernel.family not in ("gemm", "conv_first"):
         rate /= 2
+    if kernel.dtype != "float32":
+        rate *= 2.5  # 8 bits
     compute, memory = kernel.macs / rate, kernel.memory_bytes / (options["gbytes"] * 1e6)
     trait = f"{kernel.family}|{kernel.kernel_height}x{kernel.kernel_width}|{kernel.stride}|{'+'.join(kernel.fused)}"
     temper = 0.9 + 0.2 * (zlib.crc32(trait.encode()) % 1024) / 1024  # what no formula knows: for a predictor to learn

@@ -48,7 +48,11 @@ _START_S = 60.0
 
 
 def open_session(
-    device: Device | str, *, message: Callable[[str], None] | None = None, timeout_s: float = 180.0
+    device: Device | str,
+    *,
+    message: Callable[[str], None] | None = None,
+    timeout_s: float = 180.0,
+    canary: bytes | None = None,
 ) -> DeviceSession:
     """A session on a device; a context manager that ends the agent.
 
@@ -56,9 +60,10 @@ def open_session(
         device: the device or its name.
         message: told in one line when the session has to wait for the machine; a logged warning by default.
         timeout_s: an agent that says nothing for so long is stopped, and its job has failed.
+        canary: the canary as ONNX, where the package that writes it is not there (a board).
     """
     return DeviceSession(
-        Device.load(device) if isinstance(device, str) else device, message=message, timeout_s=timeout_s
+        Device.load(device) if isinstance(device, str) else device, message=message, timeout_s=timeout_s, canary=canary
     )
 
 
@@ -66,7 +71,12 @@ class DeviceSession:
     """Jobs on one device. Not for use from several threads at once."""
 
     def __init__(
-        self, device: Device, *, message: Callable[[str], None] | None = None, timeout_s: float = 180.0
+        self,
+        device: Device,
+        *,
+        message: Callable[[str], None] | None = None,
+        timeout_s: float = 180.0,
+        canary: bytes | None = None,
     ) -> None:
         self.device = device
         self._message, self._timeout_s = message or logging.getLogger("hwsearch").warning, timeout_s
@@ -78,7 +88,7 @@ class DeviceSession:
         self._machine: Machine | None = None
         self._folder, self._alive = _folder()
         self._canary = self._folder / "canary"
-        self._canary.write_bytes(canary_bytes())
+        self._canary.write_bytes(canary_bytes() if canary is None else canary)
 
     def __enter__(self) -> DeviceSession:
         return self

@@ -6,7 +6,8 @@ It does what real CPU runtimes were seen to do, by shape:
 * a dense convolution runs blocked when its input channels are few (a stem) or a multiple of 4; a depth-wise one when
   its channels are a multiple of 4; grouped ones never. What leaves the blocked path gets reorder nodes around it;
 * an activation is fused into the convolution before it; a residual add too, where both sides are blocked;
-* batch normalisation is folded into the convolution before it.
+* batch normalisation is folded into the convolution before it;
+* a layer between dequantised inputs (QDQ) runs in 8 bits, and the pairs around it are gone; a float weight stays float.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from hwsearch.errors import DeviceJobError
 from hwsearch.graph.kernel import Kernel
 
 SCHEMA = "hwsearch.simulated-graph"
+#: Element types of a layer in 8 bits.
+EIGHT_BITS = "uint8*int8"
 _ACTIVATIONS = {"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"}
 _DENSE = ("conv", "conv_first", "pointwise")
 #: Families that run in whichever layout their input has.
@@ -52,11 +55,54 @@ def optimised_graph(network: bytes, *, block: int) -> bytes:
         raise DeviceJobError(f"no ONNX file: {' '.join(str(error).split()) or 'empty'}") from None
     if not model.graph.node:
         raise DeviceJobError("no ONNX file: the graph holds no node")
+    eight = _merge_eight_bits(model)
     reader = Reader(model)
-    kernels = _layouts(_fused(model, reader), reader.shapes, block)
+    kernels = _layouts(_fused(model, reader, eight), reader.shapes, block)
     numbered = [replace(kernel, node=f"{index:03d}_{kernel.op}") for index, kernel in enumerate(kernels)]
     document = {"schema": SCHEMA, "version": 1, "kernels": [_plain(kernel) for kernel in numbered]}
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _merge_eight_bits(model: Any) -> set[str]:
+    """Take quantising and dequantising nodes out of a QDQ graph, in place; outputs of the layers that run in 8 bits.
+
+    Reading the input and writing the output in 8 bits costs nothing here: a pair at the border is dropped too.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    constants = {item.name: item for item in model.graph.initializer}
+    maker = {name: node for node in model.graph.node for name in node.output}
+    same: dict[str, str] = {}
+    kept, eight = [], set()
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            same[node.output[0]] = same.get(node.input[0], node.input[0])
+            continue
+        if node.op_type == "DequantizeLinear":
+            source = node.input[0]
+            if source in constants:
+                weight = numpy_helper.to_array(constants[source]).astype("float32")
+                model.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
+            else:
+                same[node.output[0]] = same.get(source, source)
+            continue
+        wholes = [maker[name].op_type == "DequantizeLinear" for name in node.input[:2] if name in maker]
+        if len(wholes) == 2 and all(wholes):
+            eight.add(node.output[0])
+        for place, name in enumerate(node.input):
+            node.input[place] = same.get(name, name)
+        kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    if len(kept) < len(model.graph.node):
+        results = {same[value.name]: value.name for value in model.graph.output if value.name in same}
+        for node in kept:
+            for names in (node.input, node.output):
+                for place, name in enumerate(names):
+                    names[place] = results.get(name, name)
+        eight = {results.get(name, name) for name in eight}
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
+    return eight
 
 
 def read_graph(data: bytes) -> tuple[Kernel, ...]:
@@ -83,14 +129,16 @@ def _kernel(values: dict[str, Any]) -> Kernel:
     return Kernel(**values | {"fused": tuple(values["fused"]), "source": tuple(values["source"])})
 
 
-def _fused(model: Any, reader: Reader) -> list[_Step]:
-    """Nodes with their tails merged, in an order in which every input exists."""
+def _fused(model: Any, reader: Reader, eight: set[str]) -> list[_Step]:
+    """Nodes with their tails merged, in an order in which every input exists; those that make ``eight`` in 8 bits."""
     steps: list[_Step] = []
     made_by: dict[str, _Step] = {}
     readers = Counter(name for node in model.graph.node for name in node.input)
     readers.update(value.name for value in model.graph.output)
     for node, kernel in zip(model.graph.node, reader.kernels(), strict=True):
         inputs = [name for name in node.input if name and name not in reader.constants]
+        if node.output[0] in eight:
+            kernel = replace(kernel, dtype=EIGHT_BITS)
         target, tail = _host(node.op_type, inputs, made_by, readers)
         if target is None:
             target = _Step(len(steps), kernel, inputs, node.output[0])

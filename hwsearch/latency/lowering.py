@@ -53,7 +53,7 @@ class Lowering:
         import torch
 
         from hwsearch.graph.onnx_build import OnnxTemplate
-        from hwsearch.latency.quantising import QuantisedTemplate
+        from hwsearch.latency.quantising import template_for
         from hwsearch.reparam.fold import fold
 
         if space.model is None:
@@ -61,10 +61,8 @@ class Lowering:
         example = torch.zeros(space.network.input_shape)
         folded = fold(copy.deepcopy(space.model).eval(), example, require=False)
         session = open_session(device)
-        template: NetworkTemplate = OnnxTemplate(space, folded, example)
-        if session.device.precision == "int8":
-            template = QuantisedTemplate(template)
-        return cls(template, session)
+        template = OnnxTemplate(space, folded, example)
+        return cls(template_for(template, session.device.precision), session)
 
     def kernels(self, choices: Sequence[WidthChoice]) -> list[tuple[Kernel, ...]]:
         """The kernels of each choice, in order of execution; new choices are lowered in batches.
@@ -102,16 +100,22 @@ class Lowering:
 
 
 def with_distinct_biases(network: bytes) -> bytes:
-    """A network of the same shapes whose one-dimensional float32 weights all have values of their own."""
+    """A network of the same shapes whose biases (one-dimensional weights) all have values of their own."""
     import numpy as np
     import onnx
 
     proto = onnx.ModelProto()
     proto.ParseFromString(network)
+    # Of an 8-bit network the biases are whole numbers that are dequantised; what is float are scales, which decide.
+    pairs = [node for node in proto.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    scales = {name for node in pairs for name in node.input[1:]}
+    whole = {node.input[0] for node in pairs}
     start = 1
     for tensor in proto.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 1:
-            values = np.arange(start, start + tensor.dims[0], dtype=np.float32)
+        bias = tensor.data_type == onnx.TensorProto.FLOAT and tensor.name not in scales
+        eight = tensor.data_type == onnx.TensorProto.INT32 and tensor.name in whole
+        if (bias or eight) and len(tensor.dims) == 1:
+            values = np.arange(start, start + tensor.dims[0], dtype=np.int32 if eight else np.float32)
             start += len(values)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     return bytes(proto.SerializeToString())

@@ -51,6 +51,7 @@ def measure(
     noise_floor: float | None = None,
     settings: StopwatchSettings = MEASURE,
     name: str = "the network",
+    allow_unfolded: bool = False,
 ) -> Measurement:
     """Time one network carefully.
 
@@ -60,8 +61,10 @@ def measure(
         reference_ms, noise_floor: the device's, from its ``DeviceCheck``.
         settings: see ``StopwatchSettings``; its time is divided among the agents.
         name: for messages.
+        allow_unfolded: time it even if blocks of branches in it would fold into one convolution each.
 
     Raises:
+        InputError: the network is unfolded, so that its milliseconds are not those of the deployed one.
         DeviceJobError: the runtime rejects or crashes on the network.
         NoisyDeviceError: the machine gave too few samples at its reference speed.
 
@@ -70,8 +73,9 @@ def measure(
         1.37
     """
     (found,) = measure_many(
-        [(name, onnx)], session, reference_ms=reference_ms, noise_floor=noise_floor, settings=settings
-    )
+        [(name, onnx)], session, reference_ms=reference_ms, noise_floor=noise_floor, settings=settings,
+        allow_unfolded=allow_unfolded,
+    )  # fmt: skip
     return found
 
 
@@ -82,6 +86,7 @@ def measure_many(
     reference_ms: float | None,
     noise_floor: float | None = None,
     settings: StopwatchSettings = MEASURE,
+    allow_unfolded: bool = False,
 ) -> list[Measurement]:
     """Time several networks, interleaved with each other; otherwise as ``measure``.
 
@@ -89,11 +94,16 @@ def measure_many(
         networks: (name, ONNX bytes); names must differ.
 
     Raises:
-        InputError: two networks have one name.
+        InputError: two networks have one name, or one is unfolded.
     """
     found: dict[str, list[Timing]] = {name: [] for name, _ in networks}
     if len(found) < len(networks):
         raise InputError("two networks to measure have the same name; give each its own")
+    if not allow_unfolded:
+        from hwsearch.latency.unfolded import refuse_unfolded
+
+        for name, onnx in networks:
+            refuse_unfolded(onnx, name)
     # A simulated device has no memory to be lucky with: every agent would say the same.
     agents, most = (1, 1) if session.device.simulated else (AGENTS, MOST_AGENTS)
     unsettled = list(networks)

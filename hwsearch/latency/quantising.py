@@ -34,6 +34,10 @@ _REMOVABLE = {"Relu", "Clip"}
 _WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 
 
+#: Operators by which an 8-bit network is known, beside those whose names begin with QLinear.
+_EIGHT = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How weights are kept: ``int8`` (symmetric) or ``uint8``, with a scale for each output channel or one for all."""
@@ -73,6 +77,28 @@ def quantise_network(onnx: bytes, seed: int = 0, scheme: Scheme | None = None) -
         raise InputError(f"the network has operator set {opset}; 8 bits need {_OLDEST_OPSET} or later: export it again")
     _Quantiser(model, np.random.default_rng(seed), scheme or Scheme()).run()
     return bytes(model.SerializeToString(deterministic=True))
+
+
+def is_quantised(onnx: bytes) -> bool:
+    """Whether a network has 8-bit operators already (QDQ, or whole-number ones).
+
+    Raises:
+        InputError: the bytes are no ONNX file.
+    """
+    import onnx as library
+    from google.protobuf.message import DecodeError
+
+    model = library.ModelProto()
+    try:
+        model.ParseFromString(onnx)
+    except DecodeError:
+        raise InputError("the network is no ONNX file; export it again") from None
+    return any(node.op_type in _EIGHT or node.op_type.startswith("QLinear") for node in model.graph.node)
+
+
+def template_for(template: NetworkTemplate, precision: str) -> NetworkTemplate:
+    """A template whose slices are what a device of this precision runs."""
+    return QuantisedTemplate(template) if precision == "int8" else template
 
 
 @dataclass(frozen=True)

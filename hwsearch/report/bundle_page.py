@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from hwsearch.deploy.reader import read_bundle
+from hwsearch.deploy.quantised_report import markdown
+from hwsearch.deploy.reader import Bundle, read_bundle
 from hwsearch.deploy.verdict import Verdict
 from hwsearch.errors import SchemaError
 from hwsearch.report.explain_section import explain_bundle, explain_section
@@ -38,6 +39,8 @@ def bundle_page(folder: Path, table_folder: Path | None = None) -> Page:
     page.add(hero(run))
     page.add(cards(run))
     page.add(_check(verdict, problem))
+    if bundle.report is not None:
+        page.add(_eight_bits(bundle))
     page.add(explain_section(page, explain_bundle(bundle.model, bundle.device, table_folder)))
     shape = " × ".join(map(str, bundle.input_shape))
     pairs: list[tuple[str, object]] = [("folder", folder), ("device", bundle.device), ("input", shape)]
@@ -60,8 +63,31 @@ def _check(verdict: Verdict | None, problem: str) -> str:
     pairs: list[tuple[str, object]] = [
         ("golden cases", numbers.cases),
         ("largest error", f"{numbers.max_abs_error:.3g}, {numbers.allowed:.3g} is allowed"),
+        *_left(verdict),
         ("relative to the largest output", f"{numbers.max_relative_error:.2e}"),
         ("timing rounds", verdict.rounds if verdict.rounds is not None else "–"),
         ("spread", percent(verdict.spread)),
     ]
-    return panel(title, "The runtime's outputs against those of the unfolded network in PyTorch.", definitions(pairs))
+    against = "those of the unfolded network in PyTorch" if verdict.sqnr_db is None else "the 8-bit network's own"
+    return panel(title, f"The runtime's outputs against {against}.", definitions(pairs))
+
+
+def _left(verdict: Verdict) -> list[tuple[str, object]]:
+    if verdict.sqnr_db is None or verdict.promised_sqnr_db is None:
+        return []
+    told = f"{verdict.sqnr_db:.1f} dB, {verdict.promised_sqnr_db:.1f} dB are promised"
+    return [("left of the float network's outputs", told)]
+
+
+def _eight_bits(bundle: Bundle) -> str:
+    """What 8 bits cost, layer by layer, the worst first; a report that is not one is said to be none."""
+    title = "What do 8 bits cost?"
+    try:
+        told = markdown(bundle.report or {})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return panel(title, "", absent("quantisation.json is not a report of this release."))
+    lines, _, rest = told.partition("\n\n")
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in rest.splitlines()]
+    body = table(head, [[text(cell) for cell in row] for row in rows])
+    note = "Decibels, six are one bit; the last column is the network's output with that layer alone in 8 bits."
+    return panel(title, f"{' '.join(lines.splitlines())} {note}", body)

@@ -87,7 +87,8 @@ def test_deploying_again_gives_the_same_bytes(bundle: Path, tmp_path: Path) -> N
 def test_a_bundle_replaces_an_older_one_and_leaves_no_rubbish(bundle: Path) -> None:
     deploy(network(), torch.randn(1, 1, 8, 8), DEVICE, bundle, budget_ms=9.0, cases=1)
     assert read_bundle(bundle).budget_ms == 9.0
-    assert sorted(p.name for p in bundle.iterdir()) == ["input_0.npy", "manifest.json", "model.onnx", "output_0.npy"]
+    names = ["canary.onnx", "input_0.npy", "manifest.json", "model.onnx", "output_0.npy"]
+    assert sorted(p.name for p in bundle.iterdir()) == names
     assert [p.name for p in bundle.parent.iterdir()] == ["bundle"]
 
 

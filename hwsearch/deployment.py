@@ -1,0 +1,133 @@
+"""The verb ``deploy``: a bundle of any model, with what the device's predictor and stopwatch say of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hwsearch.console import Console
+from hwsearch.errors import HwsearchError, InputError
+from hwsearch.model_argument import ModelArgument
+
+if TYPE_CHECKING:
+    from hwsearch.deploy.quantise import Int8Settings
+    from hwsearch.deploy.reader import Bundle
+    from hwsearch.device.spec import Device
+    from hwsearch.train.task import Task
+
+
+#: Training images of the named data that calibrate and judge.
+_IMAGES = 2500
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """What the command line asks for; ``keep_fp32`` as it was typed, ``data`` as for ``load_task``."""
+
+    budget_ms: float | None = None
+    precision: str | None = None
+    data: str | None = None
+    keep_fp32: str | None = None
+    tolerance: float | None = None
+    measure: bool = False
+
+
+def deploy_model(
+    argument: ModelArgument, device: Device, output: Path, options: DeployOptions, console: Console
+) -> Bundle:
+    """Write the bundle; milliseconds are predicted where the device has a predictor, and measured where asked for.
+
+    Raises:
+        InputError: options that do not go together, 8 bits without data, or what ``deploy`` raises.
+    """
+    from hwsearch.deploy.bundle import PRECISIONS, deploy
+    from hwsearch.search.budget import checked_ms
+
+    if options.budget_ms is not None:
+        checked_ms(options.budget_ms, "--budget-ms")
+    precision = options.precision or device.precision
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
+    eight = precision == "int8"
+    for name in ("data", "keep_fp32", "tolerance"):
+        if not eight and getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} is for 8 bits: leave it out, or add --precision int8")
+    settings = _settings(options)
+    module = argument.need_module()
+    task = _task(argument, options.data) if eight else None
+    with _Pricing(device, precision, options.measure, console) as price:
+        return deploy(
+            module, argument.example_input, device, output, budget_ms=options.budget_ms, precision=precision,
+            task=task, int8=settings, price=price, tell=console.say,
+        )  # fmt: skip
+
+
+class _Pricing:
+    """What a bundle is told of its milliseconds; the device is asked only where that can answer something."""
+
+    def __init__(self, device: Device, precision: str, measure: bool, console: Console) -> None:
+        self.device, self.measure, self.console = device, measure, console
+        self.predicts = device.precision == precision
+        self._session: Any = None
+
+    def __enter__(self) -> Any:
+        from hwsearch.device.session import open_session
+        from hwsearch.estimation import pricer
+        from hwsearch.preparation import PREDICTOR, ensure_checked, predictor_of
+
+        known = self.predicts and (self.device.table_folder / PREDICTOR).is_dir()
+        if not known and not self.measure:
+            return None
+        self._session = open_session(self.device, message=self.console.say)
+        try:
+            predictor = None
+            if known:
+                try:
+                    predictor = predictor_of(self.device, self._session.fingerprint)
+                except HwsearchError as error:  # the bundle is as good without it
+                    self.console.say(f"milliseconds are not predicted: {error}")
+            reference = ensure_checked(self.device, self._session, self.console) if self.measure else None
+            return pricer(self.device, self._session, predictor, reference)
+        except BaseException:
+            self._session.close()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        if self._session is not None:
+            self._session.close()
+
+
+def _settings(options: DeployOptions) -> Int8Settings:
+    """``--keep-fp32`` and ``--tolerance`` as settings."""
+    from hwsearch.deploy.quantise import Int8Settings
+
+    given: dict[str, Any] = {} if options.tolerance is None else {"tolerance": options.tolerance}
+    text = options.keep_fp32
+    if text is not None:
+        if text.strip().isdigit():
+            given["keep_fp32"] = int(text)
+        elif text.strip() == "auto":
+            given["keep_fp32"] = "auto"
+        else:
+            given["keep_fp32"] = tuple(name.strip() for name in text.split(",") if name.strip())
+    return Int8Settings(**given)
+
+
+def _task(argument: ModelArgument, data: str | None) -> Task:
+    """The data that was named, else those of the run that the model was found in."""
+    from hwsearch.train.task import load_task
+
+    if data is not None:
+        return load_task(data, valid=_IMAGES)[0]
+    path = Path(argument.spec) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        from hwsearch.config import DataSettings
+
+        return DataSettings(**config["data"]).load(config["run"]["seed"])[0]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            "8 bits are calibrated on held-out training images: add --data, such as --data fashion-mnist or a folder"
+        ) from error
