@@ -39,6 +39,7 @@ _HOME_OF = {
     "CafeNet": "hwsearch.search.cafenet",
     "ConetV2": "hwsearch.search.conetv2",
     "RepNAS": "hwsearch.search.repnas",
+    "RepNASSearch": "hwsearch.search.repnas_search",
     "deploy": "hwsearch.deploy.bundle",
     "Int8Settings": "hwsearch.deploy.quantise",
     "verify": "hwsearch.deploy.verify",

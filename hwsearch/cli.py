@@ -229,7 +229,8 @@ def search(
 
     Example: hwsearch search examples/simulated.toml
     """
-    from hwsearch.config import RunConfig, search_config
+    from hwsearch.config import RunConfig
+    from hwsearch.config_options import search_config
     from hwsearch.pipeline import search as run_search
     from hwsearch.preparation import prepare
 

@@ -24,7 +24,6 @@ no default is written down twice. pydantic checks the file at this border; behin
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from hwsearch.config_branches import BranchSettings
 from hwsearch.config_messages import explain
 from hwsearch.config_types import (
     Below1,
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from hwsearch.graph.control import GroupRule
     from hwsearch.search.cafenet import CafeNetConfig
     from hwsearch.search.conetv2_config import ConetConfig
+    from hwsearch.search.repnas_search import RepNASSearchConfig
     from hwsearch.train.data import Examples
     from hwsearch.train.loop import TrainConfig
     from hwsearch.train.task import Task
@@ -169,6 +170,8 @@ class GroupSettings:
         return GroupRule(self.pattern, self.freeze, self.quantum, self.minimum, self.maximum)
 
 
+#: What a network measured once may take when it is measured again.
+_SAME = 1.05
 #: Settings of CafeNet itself, of its evolution and scoring, of CONetV2, and of either method.
 _CAFENET = (
     "offset", "bin_units", "patterns", "full_steps", "distillation", "sharing", "complementary", "bins", "smallest_bin",
@@ -190,11 +193,12 @@ class SearchSettings:
     ``candidates`` caps the choices that are scored. With ``floor`` the objective is the other one: the fewest
     milliseconds, at most the budget, of a network that keeps this metric on held-out examples.
 
-    With ``method = "conetv2"`` see ``ConetConfig``; a setting that only the other method has is refused.
+    With ``method = "conetv2"`` see ``ConetConfig``, with ``"repnas"`` ``[branches]``: its widths are searched as
+    CafeNet's are, or without a budget stay as they are. A setting that only another method has is refused.
     """
 
     __pydantic_config__ = _STRICT
-    method: Literal["cafenet", "conetv2"] = "cafenet"
+    method: Literal["cafenet", "conetv2", "repnas"] = "cafenet"
     budget: Percent | None = None
     budget_ms: Ms | None = None
     quantile: Quantile | None = None
@@ -232,11 +236,11 @@ class SearchSettings:
     stairs: Switch | None = None
 
     def __post_init__(self) -> None:
-        foreign = _CONETV2_ONLY if self.method == "cafenet" else _CAFENET_ONLY
+        foreign = _CAFENET_ONLY if self.method == "conetv2" else _CONETV2_ONLY
         for name in foreign:
             if getattr(self, name) is not None:
                 raise InputError(f"search.{name} is no setting of the method {self.method}: leave it out")
-        if (self.budget is None) == (self.budget_ms is None):
+        if (self.budget is None) == (self.budget_ms is None) and (self.method != "repnas" or self.has_budget):
             raise InputError(
                 'search needs either budget, such as "50%", or budget_ms, such as 3.0: give one of the two'
             )
@@ -250,8 +254,18 @@ class SearchSettings:
         """``budget`` in per cent; 100 where milliseconds are given."""
         return float(self.budget.rstrip("% \t")) if self.budget else 100.0
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether widths must be found that keep a budget."""
+        return self.budget is not None or self.budget_ms is not None
+
     def max_ms(self, full_ms: float) -> float:
-        """The budget in milliseconds, of a full network that was measured at ``full_ms``."""
+        """The budget in milliseconds, of a full network that was measured at ``full_ms``.
+
+        Without one (``repnas`` alone) full widths are kept, with room for two measurements that differ.
+        """
+        if not self.has_budget:
+            return full_ms * _SAME
         return self.budget_ms if self.budget_ms is not None else full_ms * self.share / 100
 
 
@@ -351,7 +365,12 @@ class RunConfig:
     supernet: TrainSettings = field(default_factory=TrainSettings)
     trial: TrainSettings = field(default_factory=TrainSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    branches: BranchSettings = field(default_factory=BranchSettings)
     deploy: DeploySettings = field(default_factory=DeploySettings)
+
+    def __post_init__(self) -> None:
+        if self.search.method != "repnas" and self.branches != BranchSettings():
+            raise InputError(f'[branches] is for method = "repnas", not {self.search.method}: leave it out')
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -448,6 +467,14 @@ class RunConfig:
         given = _given(self.search, *_CONETV2_ONLY, *_BOTH)
         return make(training=training, winner=self.training(), **given)
 
+    def repnas(self) -> RepNASSearchConfig:
+        """The search of branches that ``[branches]`` and ``[train]`` stand for.
+
+        Raises:
+            InputError: values that do not go together.
+        """
+        return self.branches.config(self.training(), self.search.start)
+
 
 def _given(settings: Any, *names: str, **renamed: str) -> dict[str, Any]:
     """The fields that were given (all of them by default); ``renamed`` maps new names to fields."""
@@ -455,44 +482,3 @@ def _given(settings: Any, *names: str, **renamed: str) -> dict[str, Any]:
         names = tuple(f.name for f in dataclasses.fields(settings))
     pairs = {**{name: name for name in names}, **renamed}
     return {new: value for new, old in pairs.items() if (value := getattr(settings, old)) is not None}
-
-
-def search_config(
-    *, method: str, model: str | None, shape: str | None, data: str, budget: str | None, folder: Path | None
-) -> RunConfig:
-    """The config of a search that is described by options instead of a file.
-
-    Args:
-        budget: ``DEVICE:MS``.
-        folder: the run folder; by default ``runs/<method>-<device>``.
-
-    Raises:
-        InputError: an option is missing or wrong; the message names it.
-
-    Example:
-        >>> search_config(method="cafenet", model="hwsearch.models.vgg:vgg_small", shape="1x1x28x28",
-        ...               data="synthetic", budget="simulated:0.2", folder=None).run_folder.as_posix()
-        'runs/cafenet-simulated'
-    """
-    for name, value in (("--model", model), ("--input", shape), ("--budget", budget)):
-        if value is None:
-            raise InputError(f"search needs {name}, or a config file: see hwsearch search --help")
-    device, _, ms = (budget or "").rpartition(":")
-    try:
-        max_ms = float(ms)
-    except ValueError:
-        max_ms = math.nan
-    if not device or not math.isfinite(max_ms) or max_ms <= 0:
-        raise InputError(f"--budget is {budget!r}: give DEVICE:MS with milliseconds above 0, such as x86-ort-1t:3.0")
-    known = data in ("fashion-mnist", "synthetic")
-    path = folder if folder is not None else Path("runs") / f"{method}-{Path(device).stem}"
-    return RunConfig.from_dict(
-        {
-            "run": {"name": path.name, "folder": str(path.parent)},
-            "device": {"name": device},
-            "model": {"factory": model, "input": shape},
-            "data": {"kind": data} if known else {"folder": data},
-            "search": {"method": method, "budget_ms": max_ms},
-        },
-        source="search options",
-    )

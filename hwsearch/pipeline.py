@@ -85,6 +85,7 @@ def _explain(ready: Prepared, result: SearchResult) -> None:
 def search(ready: Prepared) -> SearchResult:
     """The search itself; its result and the found network are in the run folder when it returns."""
     from hwsearch.graph.model_folder import save_model
+    from hwsearch.reparam.fold import fold
 
     config = ready.config
     ready.console.step(f"Searching with {config.search.method} under {ready.budget.limits[0].max_ms:.4g} ms")
@@ -93,9 +94,12 @@ def search(ready: Prepared) -> SearchResult:
     with _stages(ready.console) as progress:
         result = searcher.search(task, None, progress=progress)
     assert result.model is not None
+    # Branches are not what the factory builds: what is kept of them is their fold.
+    branched = config.search.method == "repnas"
     save_model(
         ready.run.model,
-        result.model,
+        fold(result.model, ready.example, minimal=False) if branched else result.model,
+        folded=branched,
         factory=config.model.factory,
         input_shape=config.model.input_shape,
         factory_kwargs=config.model.kwargs,
@@ -115,7 +119,7 @@ def _searcher(ready: Prepared) -> Searcher:
         )
     from hwsearch.search.cafenet import CafeNet
 
-    return CafeNet(
+    cafenet = CafeNet(
         ready.space,
         ready.budget,
         config.cafenet(),
@@ -124,6 +128,21 @@ def _searcher(ready: Prepared) -> Searcher:
         folder=ready.run,
         say=ready.console.say,
     )
+    if config.search.method == "repnas":
+        from hwsearch.search.repnas_search import RepNASSearch
+
+        widths = cafenet if config.search.has_budget and config.branches.widths == "cafenet" else None
+        return RepNASSearch(
+            ready.space,
+            ready.budget,
+            config.repnas(),
+            widths=widths,
+            uniform=config.search.has_budget,
+            model=ready.module,
+            seed=config.run.seed,
+            folder=ready.run,
+        )
+    return cafenet
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hwsearch.config import RunConfig, search_config
+from hwsearch.config import RunConfig
+from hwsearch.config_options import search_config
 from hwsearch.errors import InputError
 
 SMALLEST: dict[str, Any] = {
@@ -298,3 +299,22 @@ def test_rules_of_groups_are_checked_by_number(rules: Any, words: str) -> None:
         RunConfig.from_dict({**base, "model": model, "groups": rules})
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_branches_of_a_file_become_a_search_of_them() -> None:
+    from hwsearch.search.repnas import RepNASConfig
+    from hwsearch.search.repnas_search import RepNASSearchConfig
+
+    bare = RunConfig.from_dict({**SMALLEST, "search": {"method": "repnas"}})
+    assert bare.repnas() == RepNASSearchConfig(RepNASConfig(training=bare.training()))
+    assert not bare.search.has_budget
+    assert bare.search.max_ms(2.0) == pytest.approx(2.1), "full widths keep what they took"
+    settings = {"kinds": ["kxk", "1x1"], "limit": 9.0, "budget": "macs", "published": True, "search": 0.5}
+    given = {**SMALLEST, "search": {"method": "repnas", "budget": "50%", "start": "model"}, "branches": settings}
+    config = RunConfig.from_dict(given).repnas()
+    assert (config.repnas.restart, config.repnas.search, config.repnas.budget.limit) == (False, 0.5, 9)
+    assert (config.blocks.branches, config.blocks.start) == (("kxk", "1x1"), "model")
+    with pytest.raises(InputError, match=r"\[branches\] is for method = .repnas., not cafenet"):
+        RunConfig.from_dict({**SMALLEST, "branches": {"limit": 0.5}})
+    with pytest.raises(InputError, match=r"\[branches\]: there is no branch 'kx': give some of kxk"):
+        RunConfig.from_dict({**given, "branches": {"kinds": ["kx"]}}).repnas()

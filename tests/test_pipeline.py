@@ -183,3 +183,27 @@ def test_another_method_on_the_same_device_finds_the_table_fitted(unbroken: Path
     assert [row["name"] for row in outcome["rows"]] == ["full", "uniform", "found"]
     assert (unbroken / "runs/conet/state/quality.jsonl").is_file()
     assert predictor.stat().st_mtime_ns == fitted, "the table has not changed since"
+
+
+@pytest.mark.slow
+def test_branches_on_searched_widths_are_folded_deployed_and_verified(unbroken: Path) -> None:
+    """A plain network: widths by uniform scaling, then blocks at these widths, their branches searched."""
+    text = CONFIG.replace('name = "chain"', 'name = "branches"')
+    before, rest = text.split("candidates = 12", 1)
+    training = rest[rest.index("[train]") :].replace("steps = 8", "steps = 20")
+    branches = 'method = "repnas"\n[branches]\nwidths = "uniform"\nlimit = 12\n'
+    (unbroken / "branches.toml").write_text(before + branches + training)
+    process = start(unbroken, "branches.toml")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    outcome = json.loads(output)
+    rows = {row["name"]: row for row in outcome["rows"]}
+    assert outcome["verdict"]["status"] == "pass"
+    assert rows["found"]["widths"] == rows["uniform"]["widths"]
+    assert rows["found"]["measured_ms"] == pytest.approx(rows["uniform"]["measured_ms"], rel=0.02)
+    result = json.loads((unbroken / "runs/branches/result.json").read_text())
+    assert (result["method"], result["extra"]["widths_by"]) == ("repnas", "uniform")
+    assert sum(map(sum, result["extra"]["branches"]["mask"])) == 12
+    deployed = json.loads((unbroken / "runs/branches/bundle/manifest.json").read_text())
+    assert deployed["macs"] == rows["found"]["macs"]
+    assert deployed["parameters"] <= rows["uniform"]["parameters"]
