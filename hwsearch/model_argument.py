@@ -236,7 +236,9 @@ def templates_of(models: list[str], shape: str | None) -> tuple[OnnxTemplate, ..
 
 
 def fold_model(argument: ModelArgument, output: Path | None, *, prove_it: bool) -> dict[str, Any]:
-    """Fold a model's batch normalisation, prove it where asked for, write it as ONNX where asked for; what was done.
+    """Fold a model's blocks and batch norms, prove it where asked for, write it as ONNX where asked for; what was done.
+
+    A proof is written beside the ONNX file, as ``<name>.fold.json``.
 
     Raises:
         InputError: there is nothing to fold, or the output cannot be written.
@@ -250,7 +252,8 @@ def fold_model(argument: ModelArgument, output: Path | None, *, prove_it: bool) 
     folded = fold(module, example)
     facts: dict[str, Any] = {"model": argument.spec}
     if prove_it:
-        facts["proof"] = prove(module, folded, argument.input_shape).to_dict()
+        proof = prove(module, folded, argument.input_shape).require()
+        facts["proof"] = proof.to_dict()
     if output is not None:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -258,4 +261,6 @@ def fold_model(argument: ModelArgument, output: Path | None, *, prove_it: bool) 
         except OSError as error:
             raise InputError(f"cannot write {output}: {error.strerror}; choose a writable path") from error
         facts["onnx"] = str(output)
+        if prove_it:
+            proof.save(output.with_suffix(".fold.json"))
     return facts

@@ -233,6 +233,7 @@ class TestVerbs:
     def test_an_onnx_file_is_as_good_as_its_factory(self, at_home: Path) -> None:
         folded = answer("fold", RESNET, *SHAPE, "--verify", "--output", "resnet.onnx")
         assert folded["proof"]["ok"] is True
+        assert json.loads((at_home / "resnet.fold.json").read_text()) == folded["proof"]
         from_file = answer("estimate", "resnet.onnx", *ON_SIMULATED)
         from_factory = answer("estimate", RESNET, *ON_SIMULATED, *SHAPE)
         assert from_file["predicted_ms"] == from_factory["predicted_ms"]

@@ -32,6 +32,9 @@ PRECISIONS = ("float32", "int8")
 REPORT, CANARY = "quantisation.json", "canary.onnx"
 _KEYS = {"float": "reference"}
 
+#: The fold's check, where something was folded.
+FOLD_PROOF = "fold.json"
+
 
 def deploy(
     model: nn.Module,
@@ -102,6 +105,8 @@ def deploy(
     folded = fold(model, example_input, require=False)
     golden = _golden(model, example_input, cases, seed)
     files = {"model.onnx": export_onnx(folded, example_input)}
+    if proof := fold_proof(model, folded, example_input):
+        files[FOLD_PROOF] = proof
     facts = _device_facts(device)
     extra: dict[str, Any] = {}
     if precision == "int8":
@@ -156,6 +161,30 @@ def deploy(
 
 def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def fold_proof(model: nn.Module, folded: nn.Module, example_input: torch.Tensor) -> bytes | None:
+    """The report of the fold's check (see ``hwsearch.reparam.check``) as JSON; None where nothing was folded.
+
+    A network that random statistics make chaotic is compared as it is; ``ok`` is null where it is chaotic even so.
+
+    Raises:
+        CheckFailedError: the fold is wrong.
+    """
+    from hwsearch.reparam.check import prove
+    from hwsearch.reparam.fold import plan_fold
+
+    plan = plan_fold(model, example_input)
+    if not plan.pairs and not plan.blocks:
+        return None
+    for repeats in (1, 0):
+        try:
+            report = prove(model, folded, example_input.shape, repeats=repeats)
+        except CheckFailedError as error:
+            reason = str(error)
+            continue
+        return _json(report.require().to_dict())
+    return _json({"schema": "hwsearch.fold_report", "version": 1, "ok": None, "reason": reason})
 
 
 def _golden(model: nn.Module, example_input: torch.Tensor, cases: int, seed: int) -> list[Golden]:

@@ -55,7 +55,8 @@ class FoldCase:
 class FoldReport:
     """Result of ``prove``: every case, the folded (layer, batch norm) pairs and what stayed, with the reason.
 
-    ``blocks``: each block of branches by itself, border and interior apart (``hwsearch.reparam.border``).
+    ``blocks``: each block of branches by itself, border and interior apart (``hwsearch.reparam.border``);
+    ``folded_blocks``: (name, "odbb" or the method of another library's block).
     """
 
     model: str
@@ -63,6 +64,7 @@ class FoldReport:
     left: tuple[tuple[str, str], ...]
     cases: tuple[FoldCase, ...]
     blocks: tuple[BlockCase, ...] = ()
+    folded_blocks: tuple[tuple[str, str], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -157,7 +159,7 @@ def prove(
         if plan.blocks:
             without_pairs = fold_blocks(network, inputs["normal"].to(_dtype(network)))[0]
             blocks += block_cases(network, without_pairs, plan.blocks, inputs["normal"], seed + 1 + repeat)
-    return FoldReport(type(model).__name__, plan.pairs, plan.left, tuple(cases), tuple(blocks))
+    return FoldReport(type(model).__name__, plan.pairs, plan.left, tuple(cases), tuple(blocks), plan.blocks)
 
 
 def _inputs(shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:

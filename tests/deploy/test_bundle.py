@@ -87,7 +87,7 @@ def test_deploying_again_gives_the_same_bytes(bundle: Path, tmp_path: Path) -> N
 def test_a_bundle_replaces_an_older_one_and_leaves_no_rubbish(bundle: Path) -> None:
     deploy(network(), torch.randn(1, 1, 8, 8), DEVICE, bundle, budget_ms=9.0, cases=1)
     assert read_bundle(bundle).budget_ms == 9.0
-    names = ["canary.onnx", "input_0.npy", "manifest.json", "model.onnx", "output_0.npy"]
+    names = ["canary.onnx", "fold.json", "input_0.npy", "manifest.json", "model.onnx", "output_0.npy"]
     assert sorted(p.name for p in bundle.iterdir()) == names
     assert [p.name for p in bundle.parent.iterdir()] == ["bundle"]
 
@@ -315,3 +315,15 @@ def test_outputs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     broken[5].weight.data[0] = float("nan")  # type: ignore[index,union-attr]
     with pytest.raises((CheckFailedError, UnsupportedModelError)):
         deploy(broken, torch.zeros(1, 1, 8, 8), DEVICE, tmp_path / "b")
+
+
+def test_a_bundle_carries_the_proof_of_its_fold(bundle: Path, tmp_path: Path) -> None:
+    proof = json.loads((bundle / "fold.json").read_text())
+    assert proof["ok"] is True
+    assert proof["pairs"]
+    assert {case["statistics"] for case in proof["cases"]} == {"as given", "random"}
+    assert max(case["max_relative_error"] for case in proof["cases"]) == proof["max_relative_error"] < 1e-4
+    assert json.loads((bundle / "manifest.json").read_text())["files"]["fold.json"]["sha256"]
+    plain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+    deploy(plain, torch.randn(1, 1, 8, 8), DEVICE, tmp_path / "plain")
+    assert not (tmp_path / "plain/fold.json").exists(), "there is nothing to prove"
