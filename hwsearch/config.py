@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from hwsearch.config_branches import BranchSettings
+from hwsearch.config_masks import MaskSettings
 from hwsearch.config_messages import explain
 from hwsearch.config_types import (
     Below1,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from hwsearch.graph.control import GroupRule
     from hwsearch.search.cafenet import CafeNetConfig
     from hwsearch.search.conetv2_config import ConetConfig
+    from hwsearch.search.pas_config import PasConfig
     from hwsearch.search.repnas_search import RepNASSearchConfig
     from hwsearch.train.data import Examples
     from hwsearch.train.loop import TrainConfig
@@ -198,7 +200,7 @@ class SearchSettings:
     """
 
     __pydantic_config__ = _STRICT
-    method: Literal["cafenet", "conetv2", "repnas"] = "cafenet"
+    method: Literal["cafenet", "conetv2", "repnas", "pas"] = "cafenet"
     budget: Percent | None = None
     budget_ms: Ms | None = None
     quantile: Quantile | None = None
@@ -226,7 +228,7 @@ class SearchSettings:
     measured: Count | None = None
     rounds: Count | None = None
     floor: Annotated[float, Field(strict=True, allow_inf_nan=False, description="a number, such as 0.9")] | None = None
-    start: Literal["scratch", "model", "supernet", "all", "trial"] | None = None
+    start: Literal["scratch", "model", "supernet", "all", "trial", "masked"] | None = None
     accept: Literal["metropolis", "conetv2", "greedy"] | None = None
     trials: Count | None = None
     momentum: Below1 | None = None
@@ -236,7 +238,8 @@ class SearchSettings:
     stairs: Switch | None = None
 
     def __post_init__(self) -> None:
-        foreign = _CAFENET_ONLY if self.method == "conetv2" else _CONETV2_ONLY
+        foreign: tuple[str, ...] = _CAFENET_ONLY if self.method in ("conetv2", "pas") else ()
+        foreign += () if self.method == "conetv2" else _CONETV2_ONLY
         for name in foreign:
             if getattr(self, name) is not None:
                 raise InputError(f"search.{name} is no setting of the method {self.method}: leave it out")
@@ -366,11 +369,14 @@ class RunConfig:
     trial: TrainSettings = field(default_factory=TrainSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     branches: BranchSettings = field(default_factory=BranchSettings)
+    masks: MaskSettings = field(default_factory=MaskSettings)
     deploy: DeploySettings = field(default_factory=DeploySettings)
 
     def __post_init__(self) -> None:
         if self.search.method != "repnas" and self.branches != BranchSettings():
             raise InputError(f'[branches] is for method = "repnas", not {self.search.method}: leave it out')
+        if self.search.method != "pas" and self.masks != MaskSettings():
+            raise InputError(f'[masks] is for method = "pas", not {self.search.method}: leave it out')
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -411,7 +417,7 @@ class RunConfig:
         """What decides the result: all but where files go and how often checkpoints are written."""
         plain = self.to_dict()
         del plain["run"]["folder"], plain["deploy"]
-        for section in ("supernet", "trial", "train"):
+        for section in ("supernet", "trial", "train", "masks"):
             del plain[section]["checkpoint_s"]
         return plain
 
@@ -466,6 +472,16 @@ class RunConfig:
         training = self.trial.config(self.run, "trial", like=make().training)
         given = _given(self.search, *_CONETV2_ONLY, *_BOTH)
         return make(training=training, winner=self.training(), **given)
+
+    def pas(self) -> PasConfig:
+        """The search by masks that ``[masks]`` and ``[train]`` stand for.
+
+        Raises:
+            InputError: values that do not go together.
+        """
+        winner = self.train.config(self.run, "train", like=self.masks.base().winner)
+        shared = _given(self.search, *_BOTH)
+        return self.masks.config(self.training(), winner, shared, trained=self.model.weights is not None)
 
     def repnas(self) -> RepNASSearchConfig:
         """The search of branches that ``[branches]`` and ``[train]`` stand for.

@@ -117,6 +117,10 @@ def _searcher(ready: Prepared) -> Searcher:
         return ConetV2(
             ready.space, ready.budget, config.conetv2(), model=ready.module, seed=config.run.seed, folder=ready.run
         )
+    if config.search.method == "pas":
+        from hwsearch.search.pas import PaS
+
+        return PaS(ready.space, ready.budget, config.pas(), model=ready.module, seed=config.run.seed, folder=ready.run)
     from hwsearch.search.cafenet import CafeNet
 
     cafenet = CafeNet(

@@ -132,6 +132,60 @@ def test_the_other_method_has_its_own_settings() -> None:
     assert quick.identity() == config.identity()
 
 
+def test_branches_of_a_file_become_a_search_of_them() -> None:
+    from hwsearch.search.repnas import RepNASConfig
+    from hwsearch.search.repnas_search import RepNASSearchConfig
+
+    bare = RunConfig.from_dict({**SMALLEST, "search": {"method": "repnas"}})
+    assert bare.repnas() == RepNASSearchConfig(RepNASConfig(training=bare.training()))
+    assert not bare.search.has_budget
+    assert bare.search.max_ms(2.0) == pytest.approx(2.1), "full widths keep what they took"
+    settings = {"kinds": ["kxk", "1x1"], "limit": 9.0, "budget": "macs", "published": True, "search": 0.5}
+    given = {**SMALLEST, "search": {"method": "repnas", "budget": "50%", "start": "model"}, "branches": settings}
+    config = RunConfig.from_dict(given).repnas()
+    assert (config.repnas.restart, config.repnas.search, config.repnas.budget.limit) == (False, 0.5, 9)
+    assert (config.blocks.branches, config.blocks.start) == (("kxk", "1x1"), "model")
+    with pytest.raises(InputError, match=r"\[branches\] is for method = .repnas., not cafenet"):
+        RunConfig.from_dict({**SMALLEST, "branches": {"limit": 0.5}})
+    with pytest.raises(InputError, match=r"\[branches\]: there is no branch 'kx': give some of kxk"):
+        RunConfig.from_dict({**given, "branches": {"kinds": ["kx"]}}).repnas()
+
+
+def test_masks_have_a_section_of_their_own() -> None:
+    from hwsearch.search.pas_config import PasConfig
+
+    search = {"method": "pas", "budget": "40%", "measured": 3}
+    masks = {"steps": 90, "batch_size": 32, "learning_rate": 0.03, "rate": 4.0, "cost": "macs", "floor": 0.97}
+    config = RunConfig.from_dict({**SMALLEST, "search": search, "masks": masks, "train": {"epochs": 3}})
+    found = config.pas()
+    assert (found.measured, found.mask_rate, found.cost, found.floor) == (3, 4.0, "macs", 0.97)
+    assert (found.training.steps, found.training.batch_size) == (90, 32)
+    assert (found.training.learning_rate, found.training.final_rate, found.training.warmup) == (0.03, 0.03, 0.0)
+    assert found.warmup == config.training()
+    assert found.winner is not None
+    assert (found.winner.epochs, found.winner.learning_rate) == (3, 0.05)
+    known = RunConfig.from_dict({**SMALLEST, "model": {**SMALLEST["model"], "weights": "own.safetensors"},
+                                 "search": search})  # fmt: skip
+    assert known.pas().warmup is None
+    paper = RunConfig.from_dict({**SMALLEST, "search": search, "masks": {"published": True, "warmup": False}}).pas()
+    assert dataclasses.replace(paper, measured=2) == PasConfig.published()
+    quick = dataclasses.replace(config, masks=dataclasses.replace(config.masks, checkpoint_s=1.0))
+    assert quick.identity() == config.identity()
+    for wrong, words in (
+        ({"search": {**search, "trials": 3}}, "search.trials is no setting of the method pas"),
+        ({"search": {**search, "offset": 1}}, "search.offset is no setting of the method pas"),
+        ({"search": search, "masks": {"steps": 1, "epochs": 2}}, "both epochs and steps"),
+        ({"search": {"budget": "40%"}, "masks": {"rate": 3.0}}, '[masks] is for method = "pas", not cafenet'),
+        ({"search": search, "masks": {"cost": "joules"}}, "masks.cost is 'joules': give one of 'ms', 'macs'"),
+    ):
+        with pytest.raises(InputError) as caught:
+            RunConfig.from_dict({**SMALLEST, **wrong})
+        assert words in str(caught.value)
+    bad = RunConfig.from_dict({**SMALLEST, "search": search, "masks": {"jitter": 0.7}})
+    with pytest.raises(InputError, match=r"\[masks\]: jitter is 0.7"):
+        bad.pas()
+
+
 def test_a_config_is_plain_values_and_back() -> None:
     config = RunConfig.from_dict(SMALLEST)
     assert RunConfig.from_dict(config.to_dict()) == config
@@ -299,22 +353,3 @@ def test_rules_of_groups_are_checked_by_number(rules: Any, words: str) -> None:
         RunConfig.from_dict({**base, "model": model, "groups": rules})
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_branches_of_a_file_become_a_search_of_them() -> None:
-    from hwsearch.search.repnas import RepNASConfig
-    from hwsearch.search.repnas_search import RepNASSearchConfig
-
-    bare = RunConfig.from_dict({**SMALLEST, "search": {"method": "repnas"}})
-    assert bare.repnas() == RepNASSearchConfig(RepNASConfig(training=bare.training()))
-    assert not bare.search.has_budget
-    assert bare.search.max_ms(2.0) == pytest.approx(2.1), "full widths keep what they took"
-    settings = {"kinds": ["kxk", "1x1"], "limit": 9.0, "budget": "macs", "published": True, "search": 0.5}
-    given = {**SMALLEST, "search": {"method": "repnas", "budget": "50%", "start": "model"}, "branches": settings}
-    config = RunConfig.from_dict(given).repnas()
-    assert (config.repnas.restart, config.repnas.search, config.repnas.budget.limit) == (False, 0.5, 9)
-    assert (config.blocks.branches, config.blocks.start) == (("kxk", "1x1"), "model")
-    with pytest.raises(InputError, match=r"\[branches\] is for method = .repnas., not cafenet"):
-        RunConfig.from_dict({**SMALLEST, "branches": {"limit": 0.5}})
-    with pytest.raises(InputError, match=r"\[branches\]: there is no branch 'kx': give some of kxk"):
-        RunConfig.from_dict({**given, "branches": {"kinds": ["kx"]}}).repnas()
