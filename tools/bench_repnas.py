@@ -1,14 +1,16 @@
 #!/usr/bin/env python
 """Measures branch search: is a network with searched branches as accurate as one with all, and cheaper to train?
 
-    python tools/bench_repnas.py train  --output build/repnas.csv --seconds 600
+    python tools/bench_repnas.py plan                                             what the training will take
+    python tools/bench_repnas.py train  --output build/repnas.csv --seconds 600   resumes
     python tools/bench_repnas.py time   --output build/repnas.csv                 on a quiet machine
     python tools/bench_repnas.py time   --output build/repnas.csv --device x86-ort-1t
     python tools/bench_repnas.py report --output build/repnas.csv
 
 A RepVGG-like host on Fashion-MNIST, trained on the same batches for the same number of steps: ``plain`` (3x3 alone),
-``repvgg``, ``dbb`` (four branches), ``random`` (subsets of the ODBB space, drawn once) and ``searched`` (RepNAS, in
-those same steps) at one number of branches. Six paired seeds. Every finished training is a
+``repvgg``, ``dbb`` (four branches), ``random`` (subsets of the ODBB space, drawn once from those that the search may
+choose), ``searched`` (RepNAS, in those same steps) and ``published`` (RepNAS as its paper has it) at one number of
+branches. Six paired seeds. Every finished training is a
 line of the output file and an unfinished one has a checkpoint beside it, so a run that was stopped goes on.
 
 Activation memory is what autograd keeps for the backward pass of one batch, counted, not sampled. ``time`` takes the
@@ -46,10 +48,10 @@ from hwsearch.search.repnas_sampler import choose, noise
 from hwsearch.search.repnas_space import BranchSpace, Mask
 from hwsearch.train.data import Examples
 from hwsearch.train.loop import TrainConfig, evaluate, train
-from hwsearch.train.task import Classification, load_task
+from hwsearch.train.task import Task, load_task
 
-METHODS = ("plain", "repvgg", "dbb", "random", "searched")
-BRANCHES = {"plain": ("kxk",), "repvgg": "repvgg", "dbb": "dbb", "random": "odbb", "searched": "odbb"}
+METHODS = ("plain", "repvgg", "dbb", "random", "searched", "published")
+BRANCHES = {"plain": ("kxk",), "repvgg": "repvgg", "dbb": "dbb"} | dict.fromkeys(METHODS[3:], "odbb")
 WIDTHS = (12, 16, 32, 64)
 BATCH = 64
 #: Share of all searchable branches that random and searched keep: two a layer on average.
@@ -86,15 +88,16 @@ def make(method: str, seed: int) -> nn.Module:
 def random_mask(space: BranchSpace, seed: int) -> Mask:
     """As many branches as the search may keep, drawn evenly."""
     units = space.legal.astype(np.float64)
-    return choose(space, noise(seed, 0, space.legal.shape), units, BranchBudget(limit=KEPT).amount(units))
+    return choose(space, noise(seed, 0, space.legal.shape), units, BranchBudget(limit=KEPT).amount(units), whole=True)
 
 
-def train_one(method: str, seed: int, steps: int, task: Classification, test: Examples, folder: Path) -> Line:
+def train_one(method: str, seed: int, steps: int, task: Task, test: Examples, folder: Path) -> Line:
     """Train one network, or go on with it."""
     model, mask, settings = make(method, seed), None, config(seed, steps)
     space = BranchSpace.of(model)
-    if method == "searched":
-        found = RepNAS(model, RepNASConfig(BranchBudget(limit=KEPT), training=settings)).search(
+    if method in ("searched", "published"):
+        made = RepNASConfig if method == "searched" else RepNASConfig.published
+        found = RepNAS(model, made(budget=BranchBudget(limit=KEPT), training=settings)).search(
             task, None, folder=folder
         )
         mask = np.array(found.mask)
@@ -154,7 +157,8 @@ def restored(line: Line) -> nn.Module:
 
 
 def time_steps(lines: Sequence[Line], repeats: int) -> dict[str, float]:
-    """Median seconds of a training step, methods in turn; ``search``: the steps of the search itself."""
+    """Median seconds of a training step, methods in turn; ``search``: the steps of the search itself; ``searched
+    run``: the mean over both."""
     networks = {line.method: restored(line).train() for line in lines}
     searching = make("searched", 0).train()
     space = BranchSpace.of(searching)
@@ -172,7 +176,35 @@ def time_steps(lines: Sequence[Line], repeats: int) -> dict[str, float]:
                 model(x).square().mean().backward()
                 if repeat >= 2:
                     found[name].append((time.perf_counter_ns() - start) / 1e9)
-    return {name: statistics.median(values) for name, values in found.items()}
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    if "searched" in medians:
+        share = RepNASConfig().search
+        medians["searched run"] = share * medians["search"] + (1 - share) * medians["searched"]
+    return medians
+
+
+def plan(steps: int, seeds: int, methods: Sequence[str]) -> str:
+    """Minutes of the whole training, from a few steps of every method beside whatever else this machine does."""
+    x = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    rows, total = [], 0.0
+    for method in methods:
+        model = make(method, 0).train()
+        space = BranchSpace.of(model)
+        if BRANCHES[method] == "odbb":
+            space.apply(model, random_mask(space, 0))
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        start = 0.0
+        with background_lock():
+            for step in range(6):
+                start = time.process_time() if step <= 1 else start  # the first step is a warm-up
+                model(x).square().mean().backward()
+            seconds = (time.process_time() - start) / 5
+        total += seconds
+        rows.append(f"{method}: {1000 * seconds:.0f} ms a step, {steps * seconds / 60:.1f} min a seed")
+    rows.append(f"{seeds} seeds of {steps} steps: {seeds} x {steps} x {1000 * total:.0f} ms = "
+                f"{seeds * steps * total / 60:.0f} min of one core")  # fmt: skip
+    return "\n".join(rows)
 
 
 def folded_ms(lines: Sequence[Line], device: str) -> dict[str, str]:
@@ -219,7 +251,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         task, test = load_task(arguments.data, valid=2000, limit_to=arguments.images + 2000, seed=0)
     done = {(line.method, line.seed, line.steps) for line in read(arguments.output)}
     for seed in range(arguments.seeds):
-        for method in METHODS:
+        for method in arguments.methods:
             if (method, seed, arguments.steps) in done:
                 continue
             if time.monotonic() > end:
@@ -230,16 +262,16 @@ def run_train(arguments: argparse.Namespace) -> None:
             print(f"{method} seed {seed}: {line.accuracy:.2%}, {line.branches} branches", file=sys.stderr, flush=True)
 
 
-def report(lines: Sequence[Line]) -> str:
+def report(lines: Sequence[Line], chosen: Sequence[str]) -> str:
     """A table of means over the seeds that all methods have, and paired differences to dbb."""
     by = {(line.method, line.seed): line for line in lines}
-    seeds = [s for s in sorted({line.seed for line in lines}) if all((m, s) in by for m in METHODS)]
+    seeds = [s for s in sorted({line.seed for line in lines}) if all((m, s) in by for m in chosen)]
     if not seeds:
         return "no seed is finished for all methods"
     rows = [f"n = {len(seeds)} paired seeds, {lines[0].steps} steps of {BATCH}",
             "| method | accuracy | against dbb (paired, ± standard error) | branches | activations MB | fold error |",
             "|---|---|---|---|---|---|"]  # fmt: skip
-    for method in METHODS:
+    for method in chosen:
         mine = [by[method, s] for s in seeds]
         gaps = [100 * (by[method, s].accuracy - by["dbb", s].accuracy) for s in seeds]
         error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
@@ -250,18 +282,21 @@ def report(lines: Sequence[Line]) -> str:
             f"{statistics.mean(line.branches for line in mine):.1f} | "
             f"{statistics.mean(line.activation_mb for line in mine):.1f} | {wrong:.1g} |"
         )
-    same = len({by[m, s].folded for m in METHODS for s in seeds}) == 1
+    same = len({by[m, s].folded for m in chosen for s in seeds}) == 1
     rows.append(f"folded networks (whole kernels) have the same convolutions for all methods and seeds: {same}")
     return "\n".join(rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["train", "time", "report"])
+    parser.add_argument("part", choices=["plan", "train", "time", "report"])
     parser.add_argument("--output", type=Path, default=Path("build/repnas.csv"))
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--images", type=int, default=20000)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(","), default=list(METHODS[:5]), help="with dbb; published by wish"
+    )
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--repeats", type=int, default=20)
@@ -269,12 +304,17 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     try:
+        if unknown := set(arguments.methods) - set(METHODS):
+            raise InputError(f"there is no method {min(unknown)!r}: give some of {','.join(METHODS)}")
+        if arguments.part == "plan":
+            print(plan(arguments.steps, arguments.seeds, arguments.methods))
+            return 0
         if arguments.part == "train":
             run_train(arguments)
             return 0
-        lines = read(arguments.output)
+        lines = [line for line in read(arguments.output) if line.steps == arguments.steps]
         if arguments.part == "report":
-            print(report(lines))
+            print(report(lines, arguments.methods))
             return 0
         seeds = sorted({line.seed for line in lines})
         chosen = [line for line in lines if seeds and line.seed == seeds[0]]
