@@ -30,10 +30,9 @@ __all__ = ["Bundle", "deploy", "read_bundle"]
 
 PRECISIONS = ("float32", "int8")
 REPORT, CANARY = "quantisation.json", "canary.onnx"
-_KEYS = {"float": "reference"}
-
 #: The fold's check, where something was folded.
 FOLD_PROOF = "fold.json"
+_KEYS = {"float": "reference"}
 
 
 def deploy(

@@ -92,6 +92,18 @@ def test_a_bundle_replaces_an_older_one_and_leaves_no_rubbish(bundle: Path) -> N
     assert [p.name for p in bundle.parent.iterdir()] == ["bundle"]
 
 
+def test_a_bundle_carries_the_proof_of_its_fold(bundle: Path, tmp_path: Path) -> None:
+    proof = json.loads((bundle / "fold.json").read_text())
+    assert proof["ok"] is True
+    assert proof["pairs"]
+    assert {case["statistics"] for case in proof["cases"]} == {"as given", "random"}
+    assert max(case["max_relative_error"] for case in proof["cases"]) == proof["max_relative_error"] < 1e-4
+    assert json.loads((bundle / "manifest.json").read_text())["files"]["fold.json"]["sha256"]
+    plain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+    deploy(plain, torch.randn(1, 1, 8, 8), DEVICE, tmp_path / "plain")
+    assert not (tmp_path / "plain/fold.json").exists(), "there is nothing to prove"
+
+
 def test_other_files_in_the_folder_are_left_alone(bundle: Path) -> None:
     (bundle / "verdict.json").write_text("anything")
     assert read_bundle(bundle).name == "found"
@@ -315,15 +327,3 @@ def test_outputs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     broken[5].weight.data[0] = float("nan")  # type: ignore[index,union-attr]
     with pytest.raises((CheckFailedError, UnsupportedModelError)):
         deploy(broken, torch.zeros(1, 1, 8, 8), DEVICE, tmp_path / "b")
-
-
-def test_a_bundle_carries_the_proof_of_its_fold(bundle: Path, tmp_path: Path) -> None:
-    proof = json.loads((bundle / "fold.json").read_text())
-    assert proof["ok"] is True
-    assert proof["pairs"]
-    assert {case["statistics"] for case in proof["cases"]} == {"as given", "random"}
-    assert max(case["max_relative_error"] for case in proof["cases"]) == proof["max_relative_error"] < 1e-4
-    assert json.loads((bundle / "manifest.json").read_text())["files"]["fold.json"]["sha256"]
-    plain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
-    deploy(plain, torch.randn(1, 1, 8, 8), DEVICE, tmp_path / "plain")
-    assert not (tmp_path / "plain/fold.json").exists(), "there is nothing to prove"
