@@ -167,6 +167,24 @@ def test_a_run_folder_of_other_settings_is_refused(unbroken: Path) -> None:
 
 
 @pytest.mark.slow
+def test_masks_find_a_network_inside_the_budget(unbroken: Path) -> None:
+    text = CONFIG.replace('name = "chain"', 'name = "masked"')
+    before, rest = text.split("candidates = 12", 1)
+    after = rest[rest.index("[train]") :]
+    (unbroken / "masked.toml").write_text(before + 'method = "pas"\n[masks]\nsteps = 12\ncheckpoint_s = 0.2\n' + after)
+    process = start(unbroken, "masked.toml")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    outcome = json.loads(output)
+    assert outcome["verdict"]["status"] == "pass"
+    result = json.loads((unbroken / "runs/masked/result.json").read_text())
+    assert result["method"] == "pas"
+    assert result["limits"][0]["measured_ms"] <= result["limits"][0]["max_ms"]
+    assert [point["step"] for point in result["extra"]["trajectory"]] == list(range(1, 13))
+    assert (unbroken / "runs/masked/state/warmup/checkpoint.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_another_method_on_the_same_device_finds_the_table_fitted(unbroken: Path) -> None:
     text = CONFIG.replace('name = "chain"', 'name = "conet"')
     before, rest = text.split("candidates = 12", 1)

@@ -190,14 +190,15 @@ def test_branches_learn_to_the_end_and_are_folded_before_slicing(toy: Any) -> No
 # ---- collapse ----
 
 
-def test_no_group_collapses_over_twenty_seeds_at_a_fifth_of_the_time(case: Any, toy: Any) -> None:
+@pytest.mark.parametrize(("seeds", "median"), [(3, 0.5), pytest.param(20, 0.9, marks=pytest.mark.long)])
+def test_no_group_collapses_at_a_fifth_of_the_time(case: Any, toy: Any, seeds: int, median: float) -> None:
     """The published code can switch a whole layer off, and then the gradient of its cost is gone."""
     model, _ = case
     space = WidthSpace.from_model(model, torch.zeros(1, 1, 8, 8), minimum=2)
     task, budget = small_task(), budget_of(toy, space, 0.2)
     config = replace(QUICK, training=replace(STEADY, epochs=8), winner=None, candidates=2)
     metrics = []
-    for seed in range(20):
+    for seed in range(seeds):
         result = PaS(space, budget, config, model=model, seed=seed).search(task, None)
         assert 0.97 <= result.predicted_ms / result.budget_ms <= 1.0
         way = np.array([point["widths"] for point in result.extra["trajectory"]])
@@ -206,7 +207,7 @@ def test_no_group_collapses_over_twenty_seeds_at_a_fifth_of_the_time(case: Any, 
         metrics.append(result.metric)
     # four classes: a dead layer leaves a quarter right
     assert min(metrics) > 0.5, metrics
-    assert float(np.median(metrics)) > 0.9, metrics
+    assert float(np.median(metrics)) > median, metrics
 
 
 def test_a_hard_push_stops_at_the_smallest_width_and_the_gradient_lives(case: Any, toy: Any) -> None:
