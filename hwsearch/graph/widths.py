@@ -333,6 +333,7 @@ def _seen_folded(space: WidthSpace, network: Network, blocks: dict[str, FoldingB
     groups = with_folded(space.groups, network, blocks)
     renamed = {old.name: new.name for old, new in zip(space.groups, groups, strict=True)}
     products = moved_products(space.products, space.network, network, renamed)
+    network = replace(network, shapes={**space.network.shapes, **network.shapes})  # slots name tensors of both
     return replace(space, groups=groups, network=network, products=products)
 
 

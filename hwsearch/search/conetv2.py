@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from hwsearch.errors import InputError
+from hwsearch.graph.foldable import folding_blocks
 from hwsearch.graph.surgery import shrink
 from hwsearch.graph.widths import WidthChoice
 from hwsearch.search.cafenet import as_task, titled
@@ -87,6 +88,11 @@ class ConetV2(Searcher):
         full = model if model is not None else space.model
         if full is None:
             raise InputError("CONetV2 needs the model that the space was made from: give model=")
+        if folding_blocks(full):
+            raise InputError(
+                "CONetV2 reads the quality of layers off their weights, and a block of branches has none of its own: "
+                "search the plain network, and give its winner blocks afterwards (hwsearch.RepNASSearch)"
+            )
         self.config, self.model = config or ConetConfig(), full
 
     def _settings(self) -> Mapping[str, Any]:

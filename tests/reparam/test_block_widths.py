@@ -77,6 +77,15 @@ def test_costs_are_those_of_the_fold_at_every_width(case: Case) -> None:
         assert case.space.parameters(choice) == network.parameters
 
 
+def test_every_slot_has_a_shape_and_follows_the_widths(case: Case) -> None:
+    choice = case.space.smallest()
+    small, folded = shrink(case.model, case.space, choice), shrink(case.folded, case.space, choice)
+    tensors = {**dict(small.named_parameters()), **dict(small.named_buffers()), **dict(folded.named_parameters())}
+    for group in case.space.groups:
+        for slot in group.slots:
+            assert case.space.axis_sizes(slot.parameter, choice) == tuple(tensors[slot.parameter].shape)
+
+
 def test_cutting_and_folding_can_be_exchanged(case: Case) -> None:
     """Exactly in float64, and the cut network still folds into what it computes."""
     exact = copy.deepcopy(case.model).double()

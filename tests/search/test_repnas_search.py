@@ -24,6 +24,7 @@ from hwsearch.reparam.rewrite import reparametrize
 from hwsearch.search.budget import Budget, Limit, MegaMacs
 from hwsearch.search.cafenet import CafeNet
 from hwsearch.search.cafenet_config import CafeNetConfig
+from hwsearch.search.conetv2 import ConetV2
 from hwsearch.search.evolution import EvolutionSettings
 from hwsearch.search.repnas import BranchBudget, RepNASConfig
 from hwsearch.search.repnas_search import BlockConfig, RepNASSearch, RepNASSearchConfig, branch_lines
@@ -156,6 +157,13 @@ def test_reparametrized_networks_have_the_widths_of_plain_ones() -> None:
     assert [group.widths for group in space.groups] == [group.widths for group in other.groups]
     half = space.uniform(0.5)
     assert space.macs(half) == other.macs(half)
+
+
+def test_searchers_that_cannot_take_blocks_say_so() -> None:
+    model = blocks()
+    space = WidthSpace.from_model(model, X, verify=False)
+    with pytest.raises(InputError, match="search the plain network, and give its winner blocks afterwards"):
+        ConetV2(space, budget(space))
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
