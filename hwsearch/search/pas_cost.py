@@ -236,7 +236,8 @@ class BudgetTerm(nn.Module):
     A limit's weight is multiplied by exp(``rate`` * relative error) after every step: it grows while the limit is
     missed, which makes the search arrive whatever the size of the task's own gradients, and shrinks below it. Below
     all its limits the search is pulled back up to the one that binds; a limit that is kept never pulls against one that
-    is missed. The surrogate is scaled so that at the next allowed widths above it is the prediction itself.
+    is missed. How far a limit is missed is the prediction at the next allowed widths above, which is what would be
+    built; the surrogate, scaled alike, says which way is cheaper.
 
     All units of a group get the same push. A strong one would carry them over the threshold in one step, before the
     task's loss has told them apart; ``most`` holds the strongest push, at the first weights, down to a speed.
@@ -272,7 +273,7 @@ class BudgetTerm(nn.Module):
         self._grid, self._surrogates, self._predictions = WidthGrid.of(space), list(surrogates), list(predictions)
         self._targets, self._first, self._rate = np.asarray(targets, dtype=np.float64), pressure, rate
         self._most = most
-        self._scales: dict[tuple[int, ...], Floats] = {}
+        self._told: dict[tuple[int, ...], list[tuple[float, float] | None]] = {}
         self.register_buffer("pressure", torch.full((len(targets),), pressure, dtype=torch.float64))
 
     @classmethod
@@ -300,9 +301,11 @@ class BudgetTerm(nn.Module):
     def errors(self, widths: Floats, *, growing: bool = False) -> tuple[Floats, Floats]:
         """(relative errors (L,), their derivatives (L, G)) of all limits at widths (G,)."""
         found = [surrogate(np.asarray(widths, dtype=np.float64), growing=growing) for surrogate in self._surrogates]
-        scale = self._scale(widths)
-        costs = scale * np.asarray([cost for cost, _ in found])
-        slopes = scale[:, None] * np.stack([slope for _, slope in found])
+        told = self._at_edges(widths)
+        costs = np.asarray([cost if edge is None else edge[0] for (cost, _), edge in zip(found, told, strict=True)])
+        slopes = np.stack([
+            slope if edge is None else slope * edge[1] for (_, slope), edge in zip(found, told, strict=True)
+        ])  # fmt: skip
         return costs / self._targets - 1, slopes / self._targets[:, None]
 
     def forward(self, widths: Tensor) -> Tensor:
@@ -313,7 +316,7 @@ class BudgetTerm(nn.Module):
             errors, slopes = self.errors(plain, growing=True)
         pulls = errors >= min(float(errors.max()), 0.0)
         slope = torch.as_tensor(slopes).to(widths)
-        # Value and first derivative are the surrogate's; widths are whole numbers here, so nothing else is ever asked.
+        # The derivative is the surrogate's; widths are whole numbers here, so nothing beyond the first is ever asked.
         relative = torch.as_tensor(errors).to(widths) + slope @ (widths - widths.detach())
         strength = pulls.astype(np.float64)
         if self._most is not None:
@@ -329,17 +332,20 @@ class BudgetTerm(nn.Module):
         self.pressure.copy_(moved.clamp(self._first / _MOST_PRESSURE, self._first * _MOST_PRESSURE))
         return errors
 
-    def _scale(self, widths: Floats) -> Floats:
-        """Prediction over surrogate (L,) at the allowed widths just above."""
+    def _at_edges(self, widths: Floats) -> list[tuple[float, float] | None]:
+        """Per limit the prediction at the allowed widths just above, and that over the surrogate; None: exact."""
         above = self._grid.take(self._grid.at_least(np.asarray(widths)[None]))
         key = tuple(above[0].tolist())
-        if key not in self._scales:
-            scales = []
+        if key not in self._told:
+            told: list[tuple[float, float] | None] = []
             for surrogate, predict in zip(self._surrogates, self._predictions, strict=True):
-                cost = surrogate(above[0].astype(np.float64))[0] if predict is not None else 1.0
-                scales.append(float(predict(above)[0]) / cost if predict is not None and cost > 0 else 1.0)
-            self._scales[key] = np.asarray(scales)
-        return self._scales[key]
+                if predict is None:
+                    told.append(None)
+                    continue
+                cost, ms = surrogate(above[0].astype(np.float64))[0], float(predict(above)[0])
+                told.append((ms, ms / cost if cost > 0 else 1.0))
+            self._told[key] = told
+        return self._told[key]
 
 
 def _edges(envelope: Floats, axis: int, tolerance: float) -> NDArray[np.int64]:
