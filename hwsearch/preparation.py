@@ -99,6 +99,8 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
             "float32: leave it out, or use a float32 device"
         )
     config.deploy.int8()  # wrong settings are told now, not after the training
+    if "int8" in (config.deploy.precision, device.precision):
+        _check_images(config)
     module, example = _model(config)
     with (
         open_run(config.run_folder, config.identity()) as run_folder,
@@ -149,6 +151,18 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
             measure=lambda choice: ready.measure(template.slice(choice)).measured_ms,
         )  # fmt: skip
         yield replace(ready, budget=Budget([measured]))
+
+
+def _check_images(config: RunConfig) -> None:
+    """Images that calibrate 8 bits go through the exported network, whose input has one shape."""
+    import numpy as np
+
+    found = tuple(config.data.load(config.run.seed)[0].valid.take(np.arange(1))[0].shape[1:])
+    if found != config.model.input_shape[1:]:
+        raise InputError(
+            f"model.input is {config.model.input}, but the data's images are {'x'.join(map(str, found))}: 8 bits are "
+            "calibrated on them, so give the model's input their shape"
+        )
 
 
 def ensure_checked(device: Device, session: DeviceSession, console: Console) -> float:
