@@ -11,7 +11,7 @@ width vector only the one of least loss on the batch is stepped. Budgets are mil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from hwsearch.search.floor import fastest_above, front
 from hwsearch.search.grid import WidthGrid, Widths
 from hwsearch.search.result import SearchResult
 from hwsearch.search.scoring import Scorer
-from hwsearch.search.searcher import Searcher, limit_outcomes
+from hwsearch.search.searcher import Searcher, full_model, limit_outcomes, plain_settings
 from hwsearch.search.settle import Settled, measured_once, settle
 from hwsearch.search.supernet import SuperNet
 from hwsearch.search.supernet_training import min_min_step, train_supernet
@@ -94,17 +94,11 @@ class CafeNet(Searcher):
         supernet: SuperNet | None = None,
     ) -> None:
         super().__init__(space, budget, seed=seed, folder=folder)
-        full = model if model is not None else space.model
-        if full is None:
-            raise InputError("CafeNet needs the model that the space was made from: give model=")
+        full = full_model(space, model, "CafeNet")
         self.config, self.model, self.say, self.supernet = config or CafeNetConfig(), full, say, supernet
 
     def _settings(self) -> Mapping[str, Any]:
-        settings = asdict(self.config)
-        for name in ("training", "winner"):
-            if settings[name] is not None:
-                del settings[name]["checkpoint_s"]
-        return settings
+        return plain_settings(self.config)
 
     def _search(self, run: RunFolder, train: Any, valid: Any, progress: Progress | None) -> SearchResult:
         task = as_task(train, valid)

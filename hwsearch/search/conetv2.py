@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -34,7 +34,7 @@ from hwsearch.search.conetv2_config import ConetConfig
 from hwsearch.search.conetv2_rules import Annealed, Published, Rule
 from hwsearch.search.evolution import Candidate
 from hwsearch.search.result import SearchResult
-from hwsearch.search.searcher import Searcher, limit_outcomes
+from hwsearch.search.searcher import Searcher, full_model, limit_outcomes, plain_settings
 from hwsearch.search.settle import Settled, settle
 from hwsearch.search.stairs import stair_edges
 from hwsearch.search.transfer import carry_over
@@ -85,9 +85,7 @@ class ConetV2(Searcher):
         folder: str | os.PathLike[str] | RunFolder | None = None,
     ) -> None:
         super().__init__(space, budget, seed=seed, folder=folder)
-        full = model if model is not None else space.model
-        if full is None:
-            raise InputError("CONetV2 needs the model that the space was made from: give model=")
+        full = full_model(space, model, "CONetV2")
         if folding_blocks(full):
             raise InputError(
                 "CONetV2 reads the quality of layers off their weights, and a block of branches has none of its own: "
@@ -96,11 +94,7 @@ class ConetV2(Searcher):
         self.config, self.model = config or ConetConfig(), full
 
     def _settings(self) -> Mapping[str, Any]:
-        settings = asdict(self.config)
-        for name in ("training", "winner"):
-            if settings[name] is not None:
-                del settings[name]["checkpoint_s"]
-        return settings
+        return plain_settings(self.config)
 
     def _search(self, run: RunFolder, train: Any, valid: Any, progress: Progress | None) -> SearchResult:
         task = as_task(train, valid)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -31,7 +31,7 @@ from hwsearch.search.pas_config import PasConfig
 from hwsearch.search.pas_cost import BudgetTerm, PolynomialSurrogate
 from hwsearch.search.pas_masks import START, THRESHOLD, MaskedNet, unmaskable
 from hwsearch.search.result import SearchResult
-from hwsearch.search.searcher import Searcher, limit_outcomes
+from hwsearch.search.searcher import Searcher, full_model, limit_outcomes, plain_settings
 from hwsearch.search.settle import Settled, settle
 from hwsearch.search.stairs import stair_edges
 from hwsearch.search.winner import finish, train_choice
@@ -84,17 +84,11 @@ class PaS(Searcher):
         folder: str | os.PathLike[str] | RunFolder | None = None,
     ) -> None:
         super().__init__(space, budget, seed=seed, folder=folder)
-        full = model if model is not None else space.model
-        if full is None:
-            raise InputError("PaS needs the model that the space was made from: give model=")
+        full = full_model(space, model, "PaS")
         self.config, self.model = config or PasConfig(), full
 
     def _settings(self) -> Mapping[str, Any]:
-        plain = asdict(self.config)
-        for name in ("warmup", "training", "winner"):
-            if plain[name] is not None:
-                del plain[name]["checkpoint_s"]
-        return plain
+        return plain_settings(self.config)
 
     def _search(self, run: RunFolder, train: Any, valid: Any, progress: Progress | None) -> SearchResult:
         task = as_task(train, valid)

@@ -23,7 +23,7 @@ from hwsearch.search.cafenet import as_task, titled
 from hwsearch.search.evolution import Candidate
 from hwsearch.search.repnas import RepNAS, RepNASConfig
 from hwsearch.search.result import SearchResult
-from hwsearch.search.searcher import Searcher, limit_outcomes
+from hwsearch.search.searcher import Searcher, full_model, limit_outcomes
 from hwsearch.search.settle import measured_once
 from hwsearch.search.winner import largest, reset
 from hwsearch.train.loop import Progress
@@ -111,9 +111,7 @@ class RepNASSearch(Searcher):
         folder: str | os.PathLike[str] | RunFolder | None = None,
     ) -> None:
         super().__init__(space, budget, seed=seed, folder=folder)
-        full = model if model is not None else space.model
-        if full is None:
-            raise InputError("RepNAS needs the model that the space was made from: give model=")
+        full = full_model(space, model, "RepNAS")
         self.config, self.widths, self.model = config or RepNASSearchConfig(), widths, full
         self.uniform = uniform and widths is None
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
@@ -23,6 +24,8 @@ from hwsearch.search.run_folder import RunFolder, open_run
 from hwsearch.train import processes
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hwsearch.graph.widths import WidthSpace
     from hwsearch.search.budget import Budget
     from hwsearch.search.settle import Settled
@@ -117,6 +120,27 @@ class Searcher(ABC):
                 open_run(temporary, self.identity()) as run,
             ):
                 yield run
+
+
+def full_model(space: WidthSpace, model: nn.Module | None, method: str) -> nn.Module:
+    """The network at full width: the one given, or the space's own.
+
+    Raises:
+        InputError: neither is there.
+    """
+    full = model if model is not None else space.model
+    if full is None:
+        raise InputError(f"{method} needs the model that the space was made from: give model=")
+    return full
+
+
+def plain_settings(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain values, without how often its trainings write checkpoints, which decides nothing."""
+    plain = asdict(config)
+    for section in plain.values():
+        if isinstance(section, dict):
+            section.pop("checkpoint_s", None)
+    return plain
 
 
 def limit_outcomes(budget: Budget, candidate: Candidate, settled: Settled | None = None) -> tuple[LimitOutcome, ...]:
