@@ -369,7 +369,7 @@ def test_an_explanation_without_stairs_says_why(run_folder: Path) -> None:
     change(run_folder / "explain.json", lambda found: found.update(stairs=[], note="no width space: no stair edges"))
     page, outline = read(report(run_folder))
     assert "No width space: no stair edges." in outline.text
-    assert len(figures(page)) == 7
+    assert len(figures(page)) == 8
     change(run_folder / "explain.json", lambda found: found.update(version=2))
     assert "has no explain.json that this release reads" in read(report(run_folder))[1].text
 
@@ -413,8 +413,8 @@ def test_the_predictors_card(run_folder: Path, tmp_path: Path, made_card: Callab
         assert "Mean error 6.1 % on networks that the predictor had not seen" in outline.text
         assert "counting MACs instead is off by 31.8 %" in outline.text
         assert "repeats a measurement to 4.3 %" in outline.text
-        assert len(figures(page)) == 13
-        assert any(trace["type"] == kind for trace in figures(page)["figure-10"]["data"])
+        assert len(figures(page)) == 14
+        assert any(trace["type"] == kind for trace in figures(page)["figure-11"]["data"])
     for bad in ('{"unseen": {"mape": "low"}, "by_family": [], "points": [[1], 3]}', "[", '{"unseen": []}'):
         (table / "predictor/card.json").write_text(bad)
         (table / "predictor/manifest.json").write_text('{"log_errors": [1, "x", null]}')

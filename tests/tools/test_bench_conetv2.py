@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,14 +18,16 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_conetv2.py"
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
+def tool() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(TOOL.parent))  # the tools import what they share by name
     spec = importlib.util.spec_from_file_location("bench_conetv2", TOOL)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["bench_conetv2"] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(TOOL.parent))
 
 
 def test_the_widths_are_fixed_and_the_equal_ones_are_equal(tool: ModuleType) -> None:
@@ -75,7 +78,11 @@ def test_the_tables_say_what_the_rows_say(tool: ModuleType, monkeypatch: pytest.
         for seed in range(3)
         for method, better in (("uniform", 0), ("metropolis", 1))
     ]  # fmt: skip
-    table = tool.search_table(search)
+    table = tool.search_table(search, [])
+    assert "predicted ms" in table[0]
+    timed = tool.search_table(search, [{"network": "resnet", "device": "d", "widths": "", "measured_ms": "0.51"}])
+    assert "measured ms" in timed[0]
+    assert "| 0.5100 (0.5100 to 0.5100) |" in timed[2]
     assert table[2].endswith("| 0.8000 ± 0.0000 |  |  |")
     assert table[3].endswith("| +2.00 ± 1.00 points | 3 of 3 |")
 
