@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers that lie beside this file are imported by name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,6 +19,9 @@ from hwsearch.train import folders
 from hwsearch.train.data import Batch, Examples, limit, split, synthetic_images
 from hwsearch.train.fashion_mnist import load_fashion_mnist
 
+#: Names of the tasks that ``hwsearch.train.garments`` makes.
+GARMENTS = ("segmentation", "detection", "translation")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -170,20 +173,33 @@ def load_task(
     shift: int = 0,
     flip: bool = False,
     size: int = 224,
-) -> tuple[Classification | MultiLabel, Examples]:
+    folder: str | None = None,
+) -> tuple[Task, Examples]:
     """The task that a name stands for, and its test set, which no search may look at.
 
     Args:
-        data: ``fashion-mnist``, ``synthetic`` (no files needed), or a folder. Its layout is recognised: Fashion-MNIST's
-            four IDX files, ImageNet's class folders, CIFAR-10's binary files, or CelebA's attributes (multi-label).
+        data: ``fashion-mnist``, ``synthetic`` (no files needed), ``segmentation``, ``detection`` or ``translation``
+            (pictures made of Fashion-MNIST's garments, see ``load_garments``), or a folder. Its layout is recognised:
+            Fashion-MNIST's four IDX files, ImageNet's class folders, CIFAR-10's binary files, or CelebA's attributes
+            (multi-label).
         size: side of the images, where they are cut from files.
         valid: training examples held out for choosing.
         limit_to: at most this many training examples (held-out ones included); ``None``: all.
         seed: of the split and of the limit.
+        folder: where the garments are, if not in a usual place.
 
     Raises:
-        InputError: the name is neither known nor a folder, or files are missing or damaged.
+        InputError: the name is neither known nor a folder, a setting is none of this data, or files are missing or
+            damaged.
     """
+    if data in GARMENTS:
+        from hwsearch.train.garments import load_garments
+
+        if label_smoothing or shift or flip:
+            raise InputError(
+                f"label_smoothing, shift and flip are for classes of whole images, not {data}: leave them out"
+            )
+        return load_garments(data, folder, count=limit_to, valid=valid, seed=seed)
     whole: Examples
     test: Examples
     if data == "synthetic":
@@ -201,6 +217,8 @@ def load_task(
     elif Path(data).is_dir():
         whole, test = load_fashion_mnist(data, shift=shift, flip=flip)
     else:
-        raise InputError(f"data {data!r} is neither fashion-mnist, synthetic nor a folder; name one of these")
+        raise InputError(
+            f"data {data!r} is neither fashion-mnist, synthetic, {', '.join(GARMENTS)} nor a folder; name one of these"
+        )
     train, held_out = split(limit(whole, limit_to, seed), valid, seed)
     return Classification(train, held_out, label_smoothing), test

@@ -12,7 +12,15 @@ from torch import nn
 import hwsearch.models
 from hwsearch.errors import InputError
 from hwsearch.graph.capture import capture
-from hwsearch.models import mobilenetv2_small, resnet_small, vgg_small
+from hwsearch.graph.widths import WidthSpace
+from hwsearch.models import (
+    detector_small,
+    mobilenetv2_small,
+    resnet_small,
+    segmenter_small,
+    translator_small,
+    vgg_small,
+)
 from hwsearch.models.mobilenetv2 import mobilenetv2
 from hwsearch.models.resnet import resnet18
 from hwsearch.models.vgg import vgg11
@@ -29,6 +37,23 @@ def test_small_networks(factory: type[nn.Module], mega_macs: float, parameters: 
     assert network.output_shape == (1, 10)
     assert network.macs / 1e6 == pytest.approx(mega_macs, abs=1e-3)
     assert network.parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("factory", "side", "mega_macs", "output"),
+    [
+        (segmenter_small, 56, 22.178, (1, 11, 56, 56)), (translator_small, 28, 12.469, (1, 1, 28, 28)),
+        (detector_small, 56, 9.192, (1, 15, 7, 7)),
+    ],
+)  # fmt: skip
+def test_networks_of_other_tasks(factory: type[nn.Module], side: int, mega_macs: float, output: tuple[int]) -> None:
+    example = torch.zeros(1, 1, side, side)
+    network = capture(factory(), example)
+    assert network.output_shape == output
+    assert network.macs / 1e6 == pytest.approx(mega_macs, abs=1e-3)
+    space = WidthSpace.from_model(factory().eval(), example)
+    assert not space.unknown_operations
+    assert len(space.groups) == {56: 10 if output[1] == 11 else 7, 28: 7}[side], "all widths but the output's are free"
 
 
 @pytest.mark.parametrize(

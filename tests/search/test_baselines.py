@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from hwsearch.errors import AnswerIsNo, InfeasibleBudgetError
-from hwsearch.graph.widths import WidthChoice
+from hwsearch.graph.widths import WidthChoice, WidthSpace
 from hwsearch.search import baselines
 from hwsearch.search.budget import Budget, Limit
 
@@ -91,3 +93,11 @@ def test_a_budget_that_only_unequal_widths_keep(toy: Any) -> None:
     assert budget.reachable(space).smallest_ms == 1.0
     with pytest.raises(AnswerIsNo, match="no candidate keeps"):
         baselines.uniform(space, budget)
+
+
+def test_a_transposed_convolution_says_how_large_its_outputs_are() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(2, 5, 4, stride=2), nn.InstanceNorm2d(5, affine=True), nn.Conv2d(5, 2, 1))
+    space = WidthSpace.from_model(model.eval(), torch.zeros(1, 2, 4, 4))
+    (sizes,) = baselines.importances(space, model)
+    weight = model[0].weight.detach().abs().double()
+    assert sizes == pytest.approx(weight.mean(dim=(0, 2, 3)).numpy())

@@ -18,6 +18,8 @@ from hwsearch.errors import InputError, UnsupportedModelError
 from hwsearch.graph.surgery import randomise, shrink
 from hwsearch.graph.widths import WidthChoice, WidthSpace
 from hwsearch.models.repvgg import repvgg_small
+from hwsearch.models.segmenter import segmenter_small
+from hwsearch.models.translator import translator_small
 from hwsearch.reparam.fold import fold
 from hwsearch.search import pas, pas_config, pas_cost, pas_masks
 from hwsearch.search.pas_masks import MaskedNet, binary_mask
@@ -50,13 +52,24 @@ def branches() -> nn.Module:
     return repvgg_small(in_channels=2, classes=3, widths=(4, 6, 6, 5))
 
 
-KINDS = {"joined": Joined, "branches": branches}
+def generator() -> nn.Module:
+    """Instance norms, residual sums and transposed convolutions."""
+    return translator_small(in_channels=2, out_channels=3, widths=(4, 5, 6))
+
+
+def segmenter() -> nn.Module:
+    """Upsampled maps concatenated with earlier ones."""
+    return segmenter_small(in_channels=2, classes=3, widths=(4, 5, 6))
+
+
+KINDS = {"joined": (Joined, 4), "branches": (branches, 4), "generator": (generator, 16), "segmenter": (segmenter, 8)}
 
 
 @cache
 def masked(kind: str) -> tuple[MaskedNet, Tensor]:
     torch.manual_seed(1)
-    model, x = KINDS[kind]().eval(), torch.randn(3, 2, 4, 4)
+    build, side = KINDS[kind]
+    model, x = build().eval(), torch.randn(3, 2, side, side)
     randomise(model)
     space = WidthSpace.from_model(fold(model) if kind == "branches" else model, x[:1])
     return MaskedNet(model, space).eval(), x
