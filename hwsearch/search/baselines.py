@@ -138,17 +138,20 @@ def importances(space: WidthSpace, model: nn.Module, by: str = "l1") -> list[Flo
     if by not in ("l1", "gamma"):
         raise InputError(f"magnitude by {by!r}: give l1 or gamma")
     tensors = dict(model.named_parameters())
+    # a transposed convolution has its outputs on the second axis
+    transposed = {layer.weight for layer in space.network.layers if "transpose" in layer.op} if space.network else set()
     found = []
     for group in space.groups:
         sums, counts = np.zeros(group.units), 0
         for slot in group.slots:
             tensor = tensors.get(slot.parameter)
-            wanted = tensor is not None and slot.axis == 0 and not slot.reads
+            wanted = slot.axis == (1 if slot.parameter in transposed else 0) and not slot.reads
             if tensor is None or not wanted or (tensor.dim() > 1) != (by == "l1"):
                 continue
             if by == "gamma" and not slot.parameter.endswith("weight"):
                 continue
-            size = tensor.detach().abs().double().flatten(1).mean(dim=1) if tensor.dim() > 1 else tensor.detach().abs()
+            first = tensor.detach().abs().movedim(slot.axis, 0)
+            size = first.double().flatten(1).mean(dim=1) if first.dim() > 1 else first
             sums += size.double().numpy()[slot.positions].mean(axis=1)
             counts += 1
         if not counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hwsearch.errors import InputError
+from hwsearch.graph.foldable import folding_blocks
 from hwsearch.graph.surgery import shrink
+from hwsearch.reparam.fold import fold
 from hwsearch.search.baselines import importances
+from hwsearch.search.pas_masks import MaskedNet
 from hwsearch.train.loop import Progress, TrainConfig, evaluate, train
 from hwsearch.train.seeds import torch_seed
 
@@ -34,6 +39,9 @@ def train_choice(
 ) -> tuple[nn.Module, Evaluation]:
     """Shrink ``model`` to ``choice`` and train it on ``task.train``.
 
+    A network of branches whose space is that of its folded form learns with its branches at full width, under masks
+    that never move, and is then folded and sliced: an identity may lie between layers of different widths.
+
     Args:
         scratch: forget the model's weights first (the paper's way); False fine-tunes those that are carried over: of
             every group the units with the largest weights.
@@ -41,12 +49,52 @@ def train_choice(
 
     Returns:
         The trained network in evaluation mode, and its evaluation on ``task.valid``.
+
+    Raises:
+        InputError: branches, and a choice that narrows a group which no mask can silence.
     """
-    small = shrink(model, space, choice, None if scratch else largest(model, space, choice))
     config = config or TrainConfig()
+    if folds_before_slicing(model, space):
+        return _train_masked(model, space, choice, task, config, scratch=scratch, folder=folder, progress=progress)
+    small = shrink(model, space, choice, None if scratch else largest(model, space, choice))
     if scratch:
         reset(small, config.seed)
     return finish(small, task, config, folder=folder, progress=progress)
+
+
+def folds_before_slicing(model: nn.Module, space: WidthSpace) -> bool:
+    """Whether ``model`` has blocks of branches where the space was made from its folded form."""
+    return bool(folding_blocks(model)) and space.model is not None and not folding_blocks(space.model)
+
+
+def _train_masked(
+    model: nn.Module,
+    space: WidthSpace,
+    choice: WidthChoice,
+    task: Task,
+    config: TrainConfig,
+    *,
+    scratch: bool,
+    folder: Path | None,
+    progress: Progress | None,
+) -> tuple[nn.Module, Evaluation]:
+    """``train_choice`` of a network of branches on the widths of its folded form."""
+    full = copy.deepcopy(model)
+    if scratch:
+        reset(full, config.seed)
+    net = MaskedNet(full, space)
+    for index in net.fixed:
+        group = space.groups[index]
+        if choice.widths[index] < group.units:
+            raise InputError(
+                f"group {group.name} mixes over its channels, so branches cannot learn at "
+                f"{choice.widths[index]} of its {group.units} units: freeze it"
+            )
+    kept = net.largest(choice) if scratch else largest(fold(full.eval(), require=False), space, choice)
+    net.set_masks(kept, freeze=True)
+    train(net, task, config, folder=folder, progress=progress)
+    small = net.sliced(choice, kept)
+    return small, evaluate(small, task, task.valid, config)
 
 
 def largest(model: nn.Module, space: WidthSpace, choice: WidthChoice) -> dict[str, NDArray[np.int64]]:

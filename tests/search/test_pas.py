@@ -16,6 +16,7 @@ from hwsearch.errors import InfeasibleBudgetError, InputError
 from hwsearch.graph.widths import WidthChoice, WidthSpace
 from hwsearch.models.repvgg import repvgg_small
 from hwsearch.reparam.fold import fold
+from hwsearch.reparam.odbb import ODBB
 from hwsearch.search.budget import Budget, Limit, MegaMacs
 from hwsearch.search.grid import WidthGrid
 from hwsearch.search.pas import PaS, PasConfig, Steered, mask_step
@@ -23,6 +24,7 @@ from hwsearch.search.pas_cost import BudgetTerm
 from hwsearch.search.pas_masks import MaskedNet
 from hwsearch.search.result import SearchResult
 from hwsearch.search.stairs import stair_edges
+from hwsearch.search.winner import train_choice
 from hwsearch.train.data import Batch, synthetic_images
 from hwsearch.train.loop import OwnRate, TrainConfig, evaluate, run_steps, train
 from hwsearch.train.task import Classification
@@ -185,6 +187,31 @@ def test_branches_learn_to_the_end_and_are_folded_before_slicing(toy: Any) -> No
     assert sum(parameter.numel() for parameter in result.model.parameters()) == result.parameters
     with pytest.raises(InputError, match="start = 'masked'"):
         PaS(space, budget, replace(config, start="scratch"), model=model).search(task, None)
+
+
+@pytest.mark.parametrize("scratch", [True, False])
+def test_a_network_of_branches_is_trained_at_widths_that_its_identities_would_tie(
+    scratch: bool, tmp_path: Path
+) -> None:
+    """What searches are compared with: uniform scaling, or any widths, of the folded form."""
+    torch.manual_seed(0)
+    model, task = repvgg_small(classes=4, widths=(6, 8, 8, 12)).eval(), small_task()
+    space = WidthSpace.from_model(fold(model), torch.zeros(1, 1, 8, 8))
+    choice = WidthChoice(tuple(group.units // 2 + at % 2 for at, group in enumerate(space.groups)))
+    before = [parameter.clone() for parameter in model.parameters()]
+    config = replace(STEADY, steps=20, final_rate=0.0)
+    small, found = train_choice(model, space, choice, task, config, scratch=scratch, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert (tmp_path / "checkpoint.safetensors").is_file()
+    assert sum(parameter.numel() for parameter in small.parameters()) == space.parameters(choice)
+    assert not any(isinstance(module, (ODBB, nn.BatchNorm2d)) for module in small.modules())
+    assert found == evaluate(small, task, task.valid, config)
+    assert found.metric > 0.5
+    again, _ = train_choice(model, space, choice, task, config, scratch=scratch, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
+    tied = WidthSpace.from_model(model, torch.zeros(1, 1, 8, 8))
+    plain, _ = train_choice(model, tied, tied.smallest(), task, replace(config, steps=1))
+    assert any(isinstance(module, ODBB) for module in plain.modules()), "in a space of its own it keeps its branches"
 
 
 # ---- collapse ----
