@@ -10,14 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hwsearch.models.detector import detector_small
     from hwsearch.models.loading import load_factory
     from hwsearch.models.mobilenetv2 import mobilenetv2_small
     from hwsearch.models.mobileone import mobileone_s0, mobileone_small
     from hwsearch.models.repvgg import repvgg_a0, repvgg_small
     from hwsearch.models.resnet import resnet18, resnet_small
+    from hwsearch.models.segmenter import segmenter_small
+    from hwsearch.models.translator import translator_small
     from hwsearch.models.vgg import vgg11, vgg_small
 
 __all__ = [
+    "detector_small",
     "load_factory",
     "mobilenetv2_small",
     "mobileone_s0",
@@ -26,11 +30,14 @@ __all__ = [
     "repvgg_small",
     "resnet18",
     "resnet_small",
+    "segmenter_small",
+    "translator_small",
     "vgg11",
     "vgg_small",
 ]
 
 _FILES = {
+    "detector_small": "detector",
     "load_factory": "loading",
     "mobilenetv2_small": "mobilenetv2",
     "mobileone_s0": "mobileone",
@@ -39,6 +46,8 @@ _FILES = {
     "repvgg_small": "repvgg",
     "resnet18": "resnet",
     "resnet_small": "resnet",
+    "segmenter_small": "segmenter",
+    "translator_small": "translator",
     "vgg11": "vgg",
     "vgg_small": "vgg",
 }
