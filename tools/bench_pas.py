@@ -44,7 +44,8 @@ from hwsearch.train.loop import TrainConfig, evaluate
 
 #: Steps of the search and of fine-tuning, over those of the full network.
 SEARCH_SHARE, TUNING_SHARE = 0.5, 0.5
-FINE_TUNING_RATE = 0.05
+#: Learning rates of the search and of fine-tuning, over that of the full network.
+SEARCH_RATE, TUNING_RATE = 0.2, 0.5
 COSTS = {"PaS, ms": "ms", "PaS, MACs": "macs"}
 
 
@@ -56,15 +57,18 @@ def steps_of(ready: Ready, share: float) -> int:
 def pas_config(ready: Ready, seed: int, cost: str) -> PasConfig:
     """The search as it is by default, at the setting's sizes."""
     base, setting = PasConfig(), ready.setting
+    rate = round(SEARCH_RATE * ready.training(seed).learning_rate, 9)
     training = replace(
-        base.training, steps=steps_of(ready, SEARCH_SHARE), batch_size=setting.batch, seed=seed, checkpoint_s=15
-    )
+        base.training, steps=steps_of(ready, SEARCH_SHARE), batch_size=setting.batch, learning_rate=rate,
+        final_rate=rate, seed=seed, checkpoint_s=15,
+    )  # fmt: skip
     return replace(base, training=training, winner=tuning(ready, seed, TUNING_SHARE), cost=cost, score_images=None)
 
 
 def tuning(ready: Ready, seed: int, share: float) -> TrainConfig:
     """Fine-tuning for a share of one network's steps."""
-    return replace(ready.training(seed), steps=steps_of(ready, share), learning_rate=FINE_TUNING_RATE)
+    alone = ready.training(seed)
+    return replace(alone, steps=steps_of(ready, share), learning_rate=TUNING_RATE * alone.learning_rate)
 
 
 def searched(shared: Seed, rows: Rows, method: str, share: float) -> None:
