@@ -110,6 +110,8 @@ def with_distinct_biases(network: bytes) -> bytes:
     pairs = [node for node in proto.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     scales = {name for node in pairs for name in node.input[1:]}
     whole = {node.input[0] for node in pairs}
+    # these are one-dimensional weights too
+    scales |= {name for node in proto.graph.node if node.op_type in ("Resize", "Upsample") for name in node.input[1:]}
     start = 1
     for tensor in proto.graph.initializer:
         bias = tensor.data_type == onnx.TensorProto.FLOAT and tensor.name not in scales

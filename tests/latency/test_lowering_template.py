@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from template_models import MODELS, onnx_template, other
@@ -20,9 +22,11 @@ from hwsearch.device.spec import Device
 from hwsearch.errors import InputError, SchemaError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.graph.widths import WidthChoice
+from hwsearch.graph.onnx_export import export_onnx
 from hwsearch.latency.lowering import Lowering, with_distinct_biases
 from hwsearch.latency.lowering_learning import channel_quantities, learn, slot_names, slot_order
 from hwsearch.latency.lowering_template import LoweringTemplate, Quantity, Split, same_kernels, stored_path
+from hwsearch.reparam.fold import fold
 
 RUNTIMES = ("simulated", "onnxruntime")
 
@@ -197,6 +201,17 @@ def test_biases_are_made_distinct_and_nothing_else_changes() -> None:
     assert len(np.unique(np.concatenate(biases))) == sum(map(len, biases))
     assert [(t.name, t.dims) for t in before.graph.initializer] == [(t.name, t.dims) for t in after.graph.initializer]
     assert before.graph.node == after.graph.node
+
+
+def test_scales_of_a_resized_map_are_no_biases() -> None:
+    """They are one-dimensional weights too: changed, maps that are joined later no longer fit."""
+    from hwsearch.models.segmenter import segmenter_small
+
+    model, example = segmenter_small(widths=(4, 4)).eval(), torch.zeros(1, 1, 8, 8)
+    folded = fold(model, example)
+    network = with_distinct_biases(export_onnx(folded, example))
+    session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
+    assert session.run(None, {"input": example.numpy()})[0].shape == (1, 11, 8, 8)
 
 
 def test_a_rule_is_a_tree() -> None:
