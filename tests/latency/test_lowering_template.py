@@ -21,8 +21,8 @@ from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device
 from hwsearch.errors import InputError, SchemaError
 from hwsearch.graph.kernel import Kernel
-from hwsearch.graph.widths import WidthChoice
 from hwsearch.graph.onnx_export import export_onnx
+from hwsearch.graph.widths import WidthChoice
 from hwsearch.latency.lowering import Lowering, with_distinct_biases
 from hwsearch.latency.lowering_learning import channel_quantities, learn, slot_names, slot_order
 from hwsearch.latency.lowering_template import LoweringTemplate, Quantity, Split, same_kernels, stored_path
@@ -205,9 +205,9 @@ def test_biases_are_made_distinct_and_nothing_else_changes() -> None:
 
 def test_scales_of_a_resized_map_are_no_biases() -> None:
     """They are one-dimensional weights too: changed, maps that are joined later no longer fit."""
-    from hwsearch.models.segmenter import segmenter_small
+    from hwsearch.models.segmenter import Segmenter
 
-    model, example = segmenter_small(widths=(4, 4)).eval(), torch.zeros(1, 1, 8, 8)
+    model, example = Segmenter((4, 4)).eval(), torch.zeros(1, 1, 8, 8)
     folded = fold(model, example)
     network = with_distinct_biases(export_onnx(folded, example))
     session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
