@@ -51,5 +51,12 @@ class DeviceJobError(HwsearchError):
     """One job on a device failed (the runtime rejected or crashed on a network); the device goes on."""
 
 
+class DeviceUnavailableError(HwsearchError):
+    """The device itself cannot be used now: out of reach, login refused, no Python there, its disk is full.
+
+    Nothing that was finished is lost; once it is mended the same command goes on.
+    """
+
+
 class InternalError(Exception):
     """A broken promise inside hwsearch: a bug to report, never the user's mistake."""

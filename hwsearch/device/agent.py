@@ -2,27 +2,33 @@
 
 One JSON object a line: requests on standard input, answers on standard output; networks and arrays travel as files. A
 local device runs this as a subprocess, so that a runtime that crashes on a network takes one job with it and no more.
-Standard library, numpy and the device's own runtime; no torch.
+On a board it is started over ssh, as ``--board TOKEN``: then it makes a folder for its files, and takes the board's
+timing lock itself, because the host is another machine. Standard library, numpy and the device's own runtime; no torch.
 
 A request is ``{"id", "job", "device", ...}``; each answer carries the id and an ``event``; ``done`` or ``error`` ends a
-job, ``alive`` says only that work goes on, ``ready`` that the agent has started:
+job, ``alive`` says only that work goes on, ``waiting`` why it does not yet, ``ready {pid, folder}`` that the agent has
+started. ``{"job": "leave"}`` has no answer: the agent removes its folder and ends.
 
     probe      {}                                                   -> done {fingerprint, machine}
-    optimise   {networks: [path]}                                   -> optimised {index, path} ..., done
+    optimise   {networks: [{name, path}], folder}                   -> optimised {index, optimised: path} ..., done
     time       {networks: [{name, path}], canary, reference_ms,     -> timing {index, timing, ops, optimised} or
                 settings, nodes, folder}                               failed {index, kind, message} ..., done
     calibrate  {canary, seconds}                                    -> done {reference, busy, stolen}
-    run        {network: path, inputs: path of .npz, names}         -> done {outputs: path of .npz, names}
+    run        {network: path, inputs: path of .npz, names,         -> done {outputs: path of .npz, names}
+                folder}
 
 Before a network is touched its index is written to ``folder/current``: after a crash the host knows whom to blame.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
 import time
@@ -36,13 +42,17 @@ from typing import Any
 
 import numpy as np
 
+from hwsearch.device.lock import timing_lock
 from hwsearch.device.machine import look
 from hwsearch.device.spec import Device
 from hwsearch.device.stopwatch import Stopwatch, StopwatchSettings, Timing
-from hwsearch.errors import DeviceJobError, HwsearchError
+from hwsearch.errors import DeviceJobError, DeviceUnavailableError, HwsearchError
 
 HEARTBEAT_S = 2.0
 JOBS = ("probe", "optimise", "time", "calibrate", "run")
+#: With less room for files than this a runtime's refusal says nothing about the network.
+ROOM_BYTES = 4 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Answer = Callable[..., None]
 
@@ -53,10 +63,14 @@ def runtime_of(device: Device) -> ModuleType:
 
 
 class Jobs:
-    """What the agent can do: one method a job. ``answer(event, **fields)`` writes one line to the host."""
+    """What the agent can do: one method a job. ``answer(event, **fields)`` writes one line to the host.
 
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
+    Args:
+        board: whether the host is another machine, so that this one's timing lock is for the agent to take.
+    """
+
+    def __init__(self, answer: Answer, *, board: bool = False) -> None:
+        self.answer, self.board = answer, board
         self._benches: dict[tuple[str, str], Any] = {}
 
     def probe(self, device: Device, request: dict[str, Any]) -> None:
@@ -65,34 +79,39 @@ class Jobs:
         self.answer("done", fingerprint=runtime_of(device).probe(device).to_dict(), machine=machine)
 
     def optimise(self, device: Device, request: dict[str, Any]) -> None:
-        """Writes each network's optimised graph beside it."""
+        """Writes each network's optimised graph into the job's folder."""
         runtime, current = runtime_of(device), _Current(request["folder"])
-        for index, path in enumerate(request["networks"]):
+        for index, network in enumerate(request["networks"]):
             current(index)
+            data = Path(network["path"]).read_bytes()
             try:
-                optimised = runtime.optimise(device, Path(path).read_bytes())
+                optimised = runtime.optimise(device, data)
             except HwsearchError as error:
+                _refuse_full_disk(request["folder"])
                 self.answer("failed", index=index, kind=type(error).__name__, message=str(error))
                 continue
-            target = Path(f"{path}.optimised")
+            target = Path(request["folder"]) / f"{index}.optimised"
             target.write_bytes(optimised)
-            self.answer("optimised", index=index, path=str(target))
+            self.answer("optimised", index=index, optimised=str(target))
         self.answer("done")
 
     def time(self, device: Device, request: dict[str, Any]) -> None:
         """Times networks; each timing is told as soon as it is final."""
-        _TimeJob(self._bench(device, request["canary"]), runtime_of(device).INTERLEAVES, request, self.answer).work()
+        with self._alone(device):
+            bench = self._bench(device, request["canary"])
+            _TimeJob(bench, runtime_of(device).INTERLEAVES, request, self.answer).work()
         self.answer("done")
 
     def calibrate(self, device: Device, request: dict[str, Any]) -> None:
         """Times the canary alone, and tells who else used the machine meanwhile."""
-        bench = self._bench(device, request["canary"])
-        bench.begin(Path(request["canary"]).read_bytes(), 0)
-        heart = _Heart(self.answer)
-        stopwatch = Stopwatch(bench.canary, bench.clock, StopwatchSettings(), None, lambda _: heart.beat())
-        before = _cpu_seconds()
-        reference = stopwatch.calibrate(request["seconds"])
-        after = _cpu_seconds()
+        with self._alone(device):
+            bench = self._bench(device, request["canary"])
+            bench.begin(Path(request["canary"]).read_bytes(), 0)
+            heart = _Heart(self.answer)
+            stopwatch = Stopwatch(bench.canary, bench.clock, StopwatchSettings(), None, lambda _: heart.beat())
+            before = _cpu_seconds()
+            reference = stopwatch.calibrate(request["seconds"])
+            after = _cpu_seconds()
         busy = stolen = None
         if runtime_of(device).INTERLEAVES and before and after and after[0] > before[0]:
             elapsed = after[0] - before[0]
@@ -110,6 +129,28 @@ class Jobs:
         target = Path(request["folder"]) / "outputs.npz"
         np.savez(target, **{f"array_{number}": value for number, value in enumerate(outputs.values())})
         self.answer("done", outputs=str(target), names=list(outputs))
+
+    @contextlib.contextmanager
+    def _alone(self, device: Device) -> Iterator[None]:
+        """Holds the board for a timing; while another one goes on there, the host is told why nothing happens."""
+        if not self.board or device.simulated:
+            yield
+            return
+        acquired = threading.Event()
+
+        def pulse() -> None:
+            while not acquired.wait(HEARTBEAT_S):
+                self.answer("alive")
+
+        with contextlib.ExitStack() as stack:
+            beating = threading.Thread(target=pulse, daemon=True)
+            beating.start()
+            try:
+                stack.enter_context(timing_lock(lambda text: self.answer("waiting", message=text)))
+            finally:
+                acquired.set()
+                beating.join()
+            yield
 
     def _bench(self, device: Device, canary: str) -> Any:
         """The device's bench; kept between jobs, so that the canary is the same session throughout."""
@@ -139,6 +180,7 @@ class _TimeJob:
                     raise outcome
                 timing, fields = self._with_shares(index, outcome) if self.request["nodes"] else (outcome, {})
             except HwsearchError as error:
+                _refuse_full_disk(self.request["folder"])
                 self.answer("failed", index=index, kind=type(error).__name__, message=str(error))
             else:
                 self.answer("timing", index=index, timing=asdict(timing), **fields)
@@ -221,7 +263,44 @@ def _cpu_seconds() -> tuple[float, float, float, float] | None:
     return time.monotonic(), user + nice + system + interrupt + soft, stolen, sum(os.times()[:2])
 
 
-def serve() -> None:
+class _Board:
+    """The agent's own folder on a board: a folder in it for the job of the moment, and nothing else."""
+
+    def __init__(self) -> None:
+        from hwsearch.device.folders import living_folder
+
+        self.folder, self._alive = living_folder("hwsearch-agent")
+
+    def begin(self, request: dict[str, Any]) -> None:
+        """Makes the job's folder. The host has what it wanted of earlier ones."""
+        if "folder" not in request:
+            return
+        for old in self.folder.glob("job-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        os.makedirs(request["folder"])
+
+    def leave(self) -> None:
+        """Removes everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _refuse_full_disk(folder: str) -> None:
+    """Where a runtime has no room for its files, it may have refused a network for that reason alone.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if shutil.disk_usage(folder).free < ROOM_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+
+
+def _no_room(error: OSError) -> str:
+    """A file that could not be written, and what to do."""
+    reason = "the disk is full" if error.errno in _FULL else str(error.strerror or error)
+    return f"the device cannot write {error.filename or 'its files'} ({reason}): make room there, then go on"
+
+
+def serve(board: _Board | None = None) -> None:
     """Answers requests until standard input ends; leaves at once when the host is gone, even in the middle of a job."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what a native library prints must not get between the lines
@@ -229,6 +308,9 @@ def serve() -> None:
 
     def listen() -> None:
         for line in sys.stdin:
+            if board is not None and line == '{"job": "leave"}\n':
+                board.leave()
+                break
             requests.put(line)
         os._exit(0)  # the host is done with us, or dead
 
@@ -241,23 +323,28 @@ def serve() -> None:
         except BrokenPipeError:
             os._exit(0)
 
-    answer("ready")
-    jobs = Jobs(answer)
+    answer("ready", pid=os.getpid(), folder="" if board is None else str(board.folder))
+    jobs = Jobs(answer, board=board is not None)
     while (line := requests.get()) is not None:
         request = json.loads(line)
         number = request["id"]
         try:
+            if board is not None:
+                board.begin(request)
             if request["job"] not in JOBS:
                 raise DeviceJobError(f"the agent knows no job {request['job']!r}; it is older than the host")
             getattr(jobs, request["job"])(Device.from_dict(request["device"]), request)
         except HwsearchError as error:
             answer("error", kind=type(error).__name__, message=str(error))
         except ImportError as error:
-            answer(
-                "error", kind=DeviceJobError.__name__, message=f"the device lacks a package: {error}; install it there"
-            )
+            message = f"the device lacks a package: {error}; install it there, for {sys.executable}"
+            answer("error", kind=DeviceUnavailableError.__name__, message=message)
         except MemoryError:
             answer("error", kind=DeviceJobError.__name__, message="the device has not enough memory for this network")
+        except FileNotFoundError as error:
+            answer("error", kind="FilesGone", message=f"{error.filename} is gone from the device")
+        except OSError as error:
+            answer("error", kind=DeviceUnavailableError.__name__, message=_no_room(error))
         except Exception as error:
             import traceback
 
@@ -266,4 +353,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(_Board() if "--board" in sys.argv else None)

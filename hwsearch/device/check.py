@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from hwsearch.device.canary import CANARY, check_networks
-from hwsearch.device.lock import timing_lock
 from hwsearch.device.machine import Machine
 from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device, Fingerprint
@@ -213,7 +211,7 @@ def check_device(
         with open_session(device, message=message) as opened:
             return check_device(device, seconds=seconds, passes=passes, save=save, session=opened, message=message)
     problems: list[str] = []
-    with nullcontext() if device.simulated else timing_lock(tell):
+    with session.alone(tell):
         tell(f"device {device.name}: timing the canary for {seconds / 2:g} s")
         first, *load_before = session.calibrate(seconds / 2)
         measured, raw, coarse = _passes(session, first.fast_ms, passes, tell, problems)

@@ -5,18 +5,21 @@ Example:
     ...     for timing in session.time([("a", onnx_bytes)], reference_ms=None, settings=PROFILE):
     ...         print(timing.network, timing.measured_ms)
 
-A network on which the runtime crashes costs that one job: the agent is started again and the others go on. Timings on a
-real device hold the machine-wide timing lock for as long as the iterator of :meth:`DeviceSession.time` is being read.
+A network on which the runtime crashes twice costs that one job: the agent is started again and the others go on.
+Timings on this machine hold the machine-wide timing lock for as long as the iterator of :meth:`DeviceSession.time` is
+being read; on a board the agent holds the board's. A board that is gone for a while (its link, a reboot) costs what its
+agent was at and had not told yet, which is done again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,12 +31,13 @@ import numpy as np
 from hwsearch import errors
 from hwsearch.device.agent import runtime_of
 from hwsearch.device.canary import canary_bytes
+from hwsearch.device.folders import living_folder
 from hwsearch.device.lock import timing_lock
 from hwsearch.device.machine import Machine
 from hwsearch.device.runtime_onnxruntime import scratch
 from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.device.stopwatch import PROFILE, CanaryReference, StopwatchSettings, Timing
-from hwsearch.device.transport import AgentGone, LocalTransport
+from hwsearch.device.transport import FILES, KILLED, LINK, AgentGone, AgentProcess, LocalTransport, Transport
 from hwsearch.errors import DeviceJobError, HwsearchError, InternalError
 from hwsearch.graph.kernel import Kernel
 
@@ -45,6 +49,9 @@ _JOB_NETWORKS = 64
 
 #: A busy machine takes its time to start a process.
 _START_S = 60.0
+
+#: How often what goes wrong for no reason that is known is done again.
+_TRIES = 3
 
 
 def open_session(
@@ -81,14 +88,21 @@ class DeviceSession:
         self.device = device
         self._message, self._timeout_s = message or logging.getLogger("hwsearch").warning, timeout_s
         self._runtime = runtime_of(device)
-        self._agent: LocalTransport | None = None
-        self._number = 0
+        self._agent: AgentProcess | None = None
+        self._number, self._at = 0, ""
         self._busy = False
         self._fingerprint: Fingerprint | None = None
         self._machine: Machine | None = None
-        self._folder, self._alive = _folder()
-        self._canary = self._folder / "canary"
-        self._canary.write_bytes(canary_bytes() if canary is None else canary)
+        self._folder, self._alive = living_folder("hwsearch-session", scratch())
+        self._canary = canary_bytes() if canary is None else canary
+        self._transport = self._way()
+
+    def _way(self) -> Transport:
+        if self.device.ssh is None:
+            return LocalTransport()
+        from hwsearch.device.ssh import SshTransport
+
+        return SshTransport(self.device, self._folder, message=self._message)
 
     def __enter__(self) -> DeviceSession:
         return self
@@ -101,10 +115,11 @@ class DeviceSession:
     def close(self) -> None:
         """Ends the agent and removes its files; the session cannot be used again."""
         self.restart()
-        shutil.rmtree(self._folder, ignore_errors=True)
         if self._alive >= 0:
+            self._transport.close()
             os.close(self._alive)
             self._alive = -1
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def restart(self) -> None:
         """Ends the agent; the next job starts a new one (its memory lies elsewhere, so its times scatter anew)."""
@@ -114,14 +129,14 @@ class DeviceSession:
 
     @property
     def agent_pid(self) -> int | None:
-        """The agent's process while one runs."""
+        """The agent's process, where it runs, while it does."""
         return None if self._agent is None else self._agent.pid
 
     @property
     def fingerprint(self) -> Fingerprint:
         """What the device is, as it says itself."""
         if self._fingerprint is None:
-            answer = self._single("probe", {})
+            answer = self._single("probe", lambda _: {})
             self._fingerprint = Fingerprint.from_dict(answer["fingerprint"])
             self._machine = Machine(**answer["machine"]) if answer.get("machine") else None
         return self._fingerprint
@@ -147,11 +162,10 @@ class DeviceSession:
 
         for start, count in _jobs(networks):
             with self._job_folder() as folder:
-                paths = _write(folder, networks[start : start + count])
-                part = labels[start : start + count]
-                with contextlib.closing(self._batch("optimise", folder, part, {}, fail, paths)) as events:
+                items = list(zip(labels[start : start + count], networks[start : start + count], strict=True))
+                with contextlib.closing(self._batch("optimise", folder, items, {}, fail)) as events:
                     for event in events:
-                        results[start + event["index"]] = Path(event["path"]).read_bytes()
+                        results[start + event["index"]] = Path(event["optimised"]).read_bytes()
         return [results[index] for index in range(len(networks))]
 
     def lower(self, networks: Sequence[bytes], names: Sequence[str] | None = None) -> list[tuple[Kernel, ...]]:
@@ -184,8 +198,7 @@ class DeviceSession:
         Raises:
             DeviceJobError, NoisyDeviceError: see ``on_error``.
         """
-        lock = contextlib.nullcontext() if self.device.simulated else timing_lock(self._message)
-        with lock:
+        with self.alone():
             data = [network for _, network in networks]
             for start, count in _jobs(data):
                 with self._job_folder() as folder:
@@ -199,15 +212,25 @@ class DeviceSession:
         Raises:
             DeviceJobError: the runtime rejects or crashes on the network or its inputs.
         """
-        with self._job_folder() as folder:
-            (path,) = _write(folder, [network])
-            arrays = folder / "inputs.npz"
-            numbered: dict[str, Any] = {f"array_{number}": value for number, value in enumerate(inputs.values())}
-            np.savez(arrays, **numbered)
-            request = {"network": path, "inputs": str(arrays), "names": list(inputs), "folder": str(folder)}
-            answer = self._single("run", request)
-            with np.load(answer["outputs"], allow_pickle=False) as stored:
-                return {name: stored[f"array_{number}"] for number, name in enumerate(answer["names"])}
+        numbered: dict[str, Any] = {f"array_{number}": value for number, value in enumerate(inputs.values())}
+        packed = io.BytesIO()
+        np.savez(packed, **numbered)
+        files = {"0.onnx": network, "inputs.npz": packed.getvalue()}
+        for _ in range(_TRIES):
+            with self._job_folder() as folder:
+
+                def request(agent: AgentProcess, folder: Path = folder) -> dict[str, Any]:
+                    at, arrays = self._transport.place(folder, files)
+                    own = self._transport.job_folder(folder, agent)
+                    return {"network": at, "inputs": arrays, "names": list(inputs), "folder": own}
+
+                answer = self._single("run", request)
+                found = self._collect([answer["outputs"]], folder)
+                if not found:
+                    continue  # the board was rebooted since
+                with np.load(found[answer["outputs"]], allow_pickle=False) as stored:
+                    return {name: stored[f"array_{number}"] for number, name in enumerate(answer["names"])}
+        raise DeviceJobError(f"device {self.device.name}: job run: its outputs are gone whenever they are fetched")
 
     def calibrate_canary(self, seconds: float = 3.0) -> CanaryReference:
         """Times the canary alone for some seconds; its median is a device's reference speed."""
@@ -218,10 +241,15 @@ class DeviceSession:
 
         The two are None where the system does not tell.
         """
-        lock = contextlib.nullcontext() if self.device.simulated else timing_lock(self._message)
-        with lock:
-            answer = self._single("calibrate", {"canary": str(self._canary), "seconds": seconds})
+        with self.alone():
+            answer = self._single("calibrate", lambda _: {"canary": self._placed_canary(), "seconds": seconds})
         return CanaryReference(**answer["reference"]), answer["busy"], answer["stolen"]
+
+    def alone(self, message: Callable[[str], None] | None = None) -> contextlib.AbstractContextManager[None]:
+        """Holds this machine for timings on it; on a board each job does so itself, there."""
+        if self.device.simulated or self._transport.remote:
+            return contextlib.nullcontext()
+        return timing_lock(message or self._message)
 
     # ------------------------------------------------------------------ jobs
 
@@ -239,16 +267,8 @@ class DeviceSession:
                 raise error
             on_error(name, error)
 
-        paths = _write(folder, [network for _, network in networks])
-        names = [name for name, _ in networks]
-        items = [{"name": name, "path": path} for name, path in zip(names, paths, strict=True)]
-        request = {
-            "canary": str(self._canary),
-            "reference_ms": reference_ms,
-            "settings": asdict(settings),
-            "nodes": nodes,
-        }
-        with contextlib.closing(self._batch("time", folder, names, request, fail, items)) as events:
+        request = {"reference_ms": reference_ms, "settings": asdict(settings), "nodes": nodes}
+        with contextlib.closing(self._batch("time", folder, networks, request, fail)) as events:
             for event in events:
                 # the agent knows no kernels: they are parsed here, from the file of the profiled session
                 found = {key: value for key, value in event["timing"].items() if key not in ("node_shares", "kernels")}
@@ -278,53 +298,131 @@ class DeviceSession:
         self,
         job: str,
         folder: Path,
-        names: Sequence[str],
+        networks: Sequence[tuple[str, bytes]],
         request: dict[str, Any],
         fail: ErrorHandler,
-        items: Sequence[Any],
     ) -> Generator[dict[str, Any], None, None]:
         """Events of a job over several networks; after a crash the rest goes on in a new agent.
 
+        What a board has written is brought here when its job is over: copying files beside a timing would disturb it.
+
         Yields:
-            one event per network that worked, ``index`` counted in ``items``.
+            one event per network that worked, ``index`` counted in ``networks``.
         """
-        left = list(range(len(items)))
+        left = list(range(len(networks)))
+        suspects: set[int] = set()
         unexplained = 0
         while left:
-            sent = list(left)  # the agent counts within what it was sent
-            request = request | {"networks": [items[index] for index in sent], "folder": str(folder)}
-            (folder / "current").unlink(missing_ok=True)
+            sent, written = list(left), list[dict[str, Any]]()  # the agent counts within what it was sent
+            trouble: AgentGone | HwsearchError | None = None
             try:
-                with contextlib.closing(self._events(job, request)) as events:
+                with contextlib.closing(self._attempt(job, folder, [networks[n] for n in sent], request)) as events:
                     for event in events:
-                        if "index" not in event:
-                            continue
                         index = sent[event["index"]]
                         left.remove(index)
                         if event["event"] == "failed":
-                            fail(names[index], self._error(event, names[index]))
+                            fail(networks[index][0], self._error(event, networks[index][0]))
+                        elif self._transport.remote and "optimised" in event:
+                            written.append(event | {"index": index})
                         else:
                             yield event | {"index": index}
                 if left:
                     raise InternalError(f"the agent ended the job {job} without a word on {len(left)} networks")
-            except AgentGone as gone:
-                blamed = _blamed(folder, sent, left)
-                if blamed is not None:
-                    left.remove(blamed)
-                    fail(names[blamed], DeviceJobError(f"network {names[blamed]!r}: {gone}"))
-                    continue
-                # it ended at the canary or between two networks: killed from outside, or it does not work at all
-                unexplained = 0 if len(left) < len(sent) else unexplained + 1
-                if unexplained > 1:
-                    raise DeviceJobError(f"device {self.device.name}: job {job}: {gone}, at no network") from None
+            except (AgentGone, HwsearchError) as error:
+                trouble = error
+            asked = isinstance(trouble, AgentGone) and trouble.kind not in (LINK, FILES)
+            blamed = self._blamed(folder, sent, left) if asked else None
+            for event in self._fetched(folder, written):
+                if event["optimised"] is None:
+                    left.append(event["index"])
+                else:
+                    yield event
+            left.sort()
+            if trouble is None:
+                continue
+            if not isinstance(trouble, AgentGone):
+                raise trouble
+            self._transport.recover(trouble)
+            if trouble.kind == LINK:
+                continue  # no network's fault; how long it may go on is the transport's to say
+            if blamed is not None and trouble.kind == KILLED and blamed not in suspects:
+                suspects.add(blamed)  # by the network, or by somebody: the second time it was the network
+                continue
+            if blamed is not None and trouble.kind != FILES:
+                left.remove(blamed)
+                fail(networks[blamed][0], DeviceJobError(f"network {networks[blamed][0]!r}: {trouble}"))
+                continue
+            # it ended at the canary or between two networks: killed from outside, or it does not work at all
+            unexplained = 0 if len(left) < len(sent) else unexplained + 1
+            if unexplained > 1:
+                raise DeviceJobError(f"device {self.device.name}: job {job}: {trouble}, at no network") from None
 
-    def _single(self, job: str, request: dict[str, Any]) -> dict[str, Any]:
-        """The last answer of a job that has one."""
+    def _attempt(
+        self, job: str, folder: Path, networks: Sequence[tuple[str, bytes]], request: dict[str, Any]
+    ) -> Generator[dict[str, Any], None, None]:
+        """Events of one agent at work on several networks."""
+        agent = self._started()
+        # named by what is in them: a folder may see several attempts
+        files = {f"{hashlib.sha256(network).hexdigest()[:24]}.onnx": network for _, network in networks}
+        paths = dict(zip(files.values(), self._transport.place(folder, files), strict=True))
+        items = [{"name": name, "path": paths[network]} for name, network in networks]
+        (folder / "current").unlink(missing_ok=True)
+        self._at = self._transport.job_folder(folder, agent)
+        own = {"networks": items, "canary": self._placed_canary(), "folder": self._at}
+        with contextlib.closing(self._events(job, request | own)) as events:
+            yield from (event for event in events if "index" in event)
+
+    def _placed_canary(self) -> str:
+        return self._transport.place(self._folder, {"canary": self._canary})[0]
+
+    def _blamed(self, folder: Path, sent: list[int], left: list[int]) -> int | None:
+        """The network that the agent was at when it ended, or None when it was at none, or cannot be asked."""
+        path = f"{self._at}/current"
         try:
-            answers = list(self._events(job, request))
-        except AgentGone as gone:
-            raise DeviceJobError(f"device {self.device.name}: job {job}: {gone}") from None
-        return answers[-1]
+            index = int(self._transport.collect([path], folder)[path].read_text(encoding="ascii"))
+        except (AgentGone, KeyError, OSError, ValueError):
+            return None
+        return sent[index] if 0 <= index < len(sent) and sent[index] in left else None
+
+    def _fetched(self, folder: Path, written: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The events with their files here; None for a file that is gone."""
+        found = self._collect([event["optimised"] for event in written], folder)
+        for event in written:
+            path = found.get(event["optimised"])
+            yield event | {"optimised": None if path is None else str(path)}
+
+    def _collect(self, paths: Sequence[str], folder: Path) -> dict[str, Path]:
+        """Files of the agent on this machine, however often the link breaks meanwhile."""
+        failures = 0
+        while paths:
+            try:
+                return self._transport.collect(paths, folder)
+            except AgentGone as gone:
+                self._transport.recover(gone)
+                failures += gone.kind != LINK
+                if failures >= _TRIES:
+                    raise DeviceJobError(f"device {self.device.name}: its files cannot be fetched: {gone}") from None
+        return {}
+
+    def _single(self, job: str, request: Callable[[AgentProcess], dict[str, Any]]) -> dict[str, Any]:
+        """The last answer of a job that has one; such jobs can be done again."""
+        failures = 0
+        while True:
+            try:
+                return list(self._events(job, request(self._started())))[-1]
+            except AgentGone as gone:
+                self._transport.recover(gone)
+                failures += gone.kind != LINK
+                if gone.kind not in (LINK, KILLED, FILES) or failures > 1:
+                    raise DeviceJobError(f"device {self.device.name}: job {job}: {gone}") from None
+
+    def _started(self) -> AgentProcess:
+        """The agent, started if need be."""
+        if self._agent is not None and not self._agent.alive and not self._busy:
+            self.restart()  # killed while it had nothing to do
+        if self._agent is None:
+            self._agent = self._transport.start(max(self._timeout_s, _START_S))
+        return self._agent
 
     def _events(self, job: str, request: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """Answers until the job is done; an abandoned job ends the agent, which would go on with it."""
@@ -332,21 +430,22 @@ class DeviceSession:
             raise InternalError("a job was asked for while another one's iterator is still open")
         self._number += 1
         self._busy, finished = True, False
+        agent = self._started()
         try:
-            if self._agent is not None and not self._agent.alive:
-                self.restart()  # killed while it had nothing to do
-            if self._agent is None:
-                self._agent = LocalTransport()
-                self._agent.receive(max(self._timeout_s, _START_S))  # "ready"
-            self._agent.send({"id": self._number, "job": job, "device": self.device.to_dict(), **request})
+            agent.send({"id": self._number, "job": job, "device": self.device.where_it_is().to_dict(), **request})
             while not finished:
-                event = self._agent.receive(self._timeout_s)
+                event = agent.receive(self._timeout_s)
                 if event["id"] != self._number:
                     raise InternalError(f"the agent answered job {event['id']} instead of {self._number}")
                 finished = event["event"] in ("done", "error")
-                if event["event"] == "error":
+                if event["event"] == "waiting":
+                    self._message(f"device {self.device.name}: {event['message']}")
+                elif event["event"] == "error":
+                    if event["kind"] == "FilesGone":
+                        raise AgentGone(event["message"], FILES)
                     raise self._error(event, None)
-                if event["event"] != "alive":
+                elif event["event"] != "alive":
+                    self._transport.progress()
                     yield event
         finally:
             self._busy = False
@@ -360,6 +459,8 @@ class DeviceSession:
         text = event["message"]
         if network is not None and repr(network) not in text:
             text = f"network {network!r}: {text}"
+        elif kind is errors.DeviceUnavailableError:
+            text = f"device {self.device.name}: {text}"
         error = kind(text)
         return error if isinstance(error, HwsearchError) else DeviceJobError(text)
 
@@ -370,39 +471,6 @@ class DeviceSession:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _folder() -> tuple[Path, int]:
-    """A folder for this session's files, and the lock in it that says that the session lives.
-
-    It may lie in memory, so what a killed session left there is removed by the next one: nobody holds its lock.
-    """
-    import fcntl
-
-    root = Path(scratch() or tempfile.gettempdir())
-    for old in root.glob("hwsearch-session-*"):
-        with contextlib.suppress(OSError):
-            if old.stat().st_uid != os.getuid() or time.time() - old.stat().st_mtime < 60:
-                continue
-            lock = os.open(old / "alive", os.O_RDONLY | os.O_CREAT)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(old, ignore_errors=True)
-            finally:
-                os.close(lock)
-    folder = Path(tempfile.mkdtemp(dir=root, prefix="hwsearch-session-"))
-    alive = os.open(folder / "alive", os.O_RDONLY | os.O_CREAT)
-    fcntl.flock(alive, fcntl.LOCK_EX)
-    return folder, alive
-
-
-def _write(folder: Path, networks: Sequence[bytes]) -> list[str]:
-    paths = []
-    for index, network in enumerate(networks):
-        path = folder / f"{index}.onnx"
-        path.write_bytes(network)
-        paths.append(str(path))
-    return paths
 
 
 def _jobs(networks: Sequence[bytes]) -> Iterator[tuple[int, int]]:
@@ -417,12 +485,3 @@ def _jobs(networks: Sequence[bytes]) -> Iterator[tuple[int, int]]:
             count += 1
         yield start, count
         start += count
-
-
-def _blamed(folder: Path, sent: list[int], left: list[int]) -> int | None:
-    """The network that the agent was at when it ended, or None when it was at none."""
-    try:
-        index = int((folder / "current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-    return sent[index] if 0 <= index < len(sent) and sent[index] in left else None

@@ -11,16 +11,16 @@ import json
 import math
 import os
 import re
-import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from hwsearch.device.ssh_settings import SshSettings
 from hwsearch.errors import InputError, SchemaError
 
 RUNTIMES = ("onnxruntime", "simulated")
-TRANSPORTS = ("local",)
+TRANSPORTS = ("local", "ssh")
 PRECISIONS = ("float32", "int8")
 
 Option: TypeAlias = str | int | float
@@ -88,6 +88,7 @@ class Device:
             8-bit networks, and candidates of a width search are priced as such.
         transport: how the agent is reached; one of ``TRANSPORTS``.
         options: settings of the runtime, by name; each runtime refuses names that it does not know.
+        ssh: how a board is reached where ``transport`` is ``"ssh"``, else None.
         home: folder that holds ``latency_tables/``; not part of the device's identity.
 
     Example:
@@ -101,6 +102,7 @@ class Device:
     precision: str = "float32"
     transport: str = "local"
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
+    ssh: SshSettings | None = None
     home: Path = field(default_factory=lambda: homes()[0], compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -115,6 +117,10 @@ class Device:
                 raise InputError(f"device {self.name}: {label} {value!r} is not one of {', '.join(known)}")
         if isinstance(self.threads, bool) or not isinstance(self.threads, int) or not 1 <= self.threads <= 256:
             raise InputError(f"device {self.name}: threads is {self.threads!r}; use a whole number from 1 to 256")
+        if (self.transport == "ssh") != (self.ssh is not None):
+            raise InputError(
+                f'device {self.name}: transport = "ssh" and the host to reach belong together: give both, or neither'
+            )
 
     @property
     def table_folder(self) -> Path:
@@ -138,14 +144,20 @@ class Device:
         return float(value)
 
     def to_dict(self) -> dict[str, Any]:
-        """What the agent needs to know, as plain values (the home stays on the host)."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "home"}
-        return data | {"options": dict(self.options)}
+        """The device as plain values, named as in its file (the home stays on the host)."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("home", "ssh")}
+        return data | {"options": dict(self.options)} | (self.ssh.to_dict() if self.ssh else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Device:
         """The inverse of :meth:`to_dict`."""
-        return cls(**data)
+        way = {f.name: data[f.name] for f in fields(SshSettings) if f.name in data}
+        own = {name: value for name, value in data.items() if name not in way}
+        return cls(**own, ssh=SshSettings(**({"host": ""} | way)) if way else None)
+
+    def where_it_is(self) -> Device:
+        """The device as the agent beside it sees it: it is local there."""
+        return self if self.ssh is None else replace(self, transport="local", ssh=None)
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str]) -> Device:
@@ -180,9 +192,9 @@ class Device:
             InputError: there is such a file, or the folder cannot be written.
         """
         path = self.home / "devices" / f"{self.name}.toml"
-        lines = [
-            f"{name} = {json.dumps(getattr(self, name))}" for name in ("runtime", "threads", "precision", "transport")
-        ]
+        values = {name: getattr(self, name) for name in ("runtime", "threads", "precision", "transport")}
+        values |= self.ssh.to_dict() if self.ssh else {}
+        lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
         lines += ["", "[options]", *(f"{name} = {json.dumps(value)}" for name, value in self.options.items())]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,6 +227,8 @@ def _device_files() -> list[Path]:
 
 def _read(path: Path) -> Device:
     """A checked device from a TOML file; every message starts with the file's path and the field's."""
+    import tomllib  # here: a board may have an older Python
+
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -228,7 +242,7 @@ def _read(path: Path) -> Device:
     folder = path.resolve().parent
     home = folder.parent if folder.name == "devices" else folder
     try:
-        return Device(name=path.stem, home=home, **checked)
+        return replace(Device.from_dict({"name": path.stem, **checked}), home=home)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -244,11 +258,18 @@ def _validate(data: dict[str, Any]) -> dict[str, Any]:
         runtime: Literal["onnxruntime", "simulated"]
         threads: int = Field(default=1, ge=1, le=256)
         precision: Literal["float32", "int8"] = "float32"
-        transport: Literal["local"] = "local"
+        transport: Literal["local", "ssh"] = "local"
+        host: str = ""
+        port: int = Field(default=0, ge=1, le=65535)
+        identity: str = ""
+        ssh_options: list[str] = Field(default_factory=list)
+        python: str = ""
+        folder: str = ""
+        patience_s: float = Field(default=0, ge=0, allow_inf_nan=False)
         options: dict[str, StrictInt | StrictFloat | StrictStr] = Field(default_factory=dict)
 
     try:
-        return DeviceFile.model_validate(data).model_dump()
+        return DeviceFile.model_validate(data).model_dump(exclude_unset=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         # pydantic appends the tried member of a union to the path ("options.gmacs.int"); the file has no such field

@@ -18,14 +18,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hwsearch.device.lock import timing_lock
 from hwsearch.device.session import DeviceSession
 from hwsearch.device.spec import Fingerprint
 from hwsearch.device.stopwatch import PROFILE, Timing
@@ -130,7 +128,7 @@ def revalidate(
         raise InputError(f"networks is {networks!r}; use a whole number from 8 up, or nothing can be said")
     chosen = _sample(table, tuple(templates), networks)
     known = {sample.id: sample for sample in table.networks}
-    with nullcontext() if session.device.simulated else timing_lock(tell):
+    with session.alone(tell):
         tell(f"device {table.device}: timing the canary for {CANARY_SECONDS:g} s")
         now_ms = session.calibrate_canary(CANARY_SECONDS).fast_ms
         visits, failed = _time(chosen, session, now_ms, tell)
