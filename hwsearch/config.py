@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from hwsearch.config_branches import BranchSettings
+from hwsearch.config_data import DataSettings
 from hwsearch.config_masks import MaskSettings
 from hwsearch.config_messages import explain
 from hwsearch.config_types import (
@@ -62,9 +63,7 @@ if TYPE_CHECKING:
     from hwsearch.search.conetv2_config import ConetConfig
     from hwsearch.search.pas_config import PasConfig
     from hwsearch.search.repnas_search import RepNASSearchConfig
-    from hwsearch.train.data import Examples
     from hwsearch.train.loop import TrainConfig
-    from hwsearch.train.task import Task
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -111,32 +110,6 @@ class ModelSettings:
     def input_shape(self) -> tuple[int, ...]:
         """``input`` as numbers, batch first."""
         return tuple(int(size) for size in self.input.split("x"))
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """``[data]``: what is learnt. ``valid`` training examples are held out for choosing; ``limit`` counts both."""
-
-    __pydantic_config__ = _STRICT
-    kind: Literal["fashion-mnist", "synthetic"] = "fashion-mnist"
-    folder: Text | None = None
-    limit: Count | None = None
-    valid: Count | None = None
-    label_smoothing: Below1 | None = None
-    shift: Whole | None = None
-    flip: Switch | None = None
-    size: Count | None = None
-
-    def load(self, seed: int) -> tuple[Task, Examples]:
-        """The task, and the test set that no search may look at.
-
-        Raises:
-            InputError: files are missing, or more examples are held out than there are.
-        """
-        from hwsearch.train.task import load_task
-
-        given = _given(self, "valid", "label_smoothing", "shift", "flip", "size")
-        return load_task(self.folder or self.kind, limit_to=self.limit, seed=seed, **given)
 
 
 @dataclass(frozen=True)

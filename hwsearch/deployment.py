@@ -124,7 +124,7 @@ def _task(argument: ModelArgument, data: str | None) -> Task:
     path = Path(argument.spec) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        from hwsearch.config import DataSettings
+        from hwsearch.config_data import DataSettings
 
         return DataSettings(**config["data"]).load(config["run"]["seed"])[0]
     except (OSError, ValueError, KeyError, TypeError) as error:
