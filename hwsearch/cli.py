@@ -221,7 +221,10 @@ def search(
     model: Annotated[str | None, typer.Option("--model", "-m", help="package.module:factory or timm:name.")] = None,
     input: Input = None,
     data: Annotated[str, typer.Option(help="fashion-mnist, synthetic, or a folder of IDX files.")] = "fashion-mnist",
-    budget: Annotated[str | None, typer.Option("--budget", "-b", help="DEVICE:MS, such as x86-ort-1t:3.0.")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", "-b", help="DEVICE:MS, such as x86-ort-1t:3.0; once for each device."),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on in this run folder.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -237,15 +240,20 @@ def search(
     if config is not None:
         settings = RunConfig.load(config)
     else:
-        settings = search_config(method=method, model=model, shape=input, data=data, budget=budget, folder=resume)
+        settings = search_config(
+            method=method, model=model, shape=input, data=data, budgets=budget or [], folder=resume
+        )
     with prepare(settings, Console(json=as_json)) as ready:
         result = run_search(ready)
     rows = [[name, str(width)] for name, width in zip(result.groups, result.choice.widths, strict=True)]
 
     def show(console: Console) -> None:
         console.table("Found widths", ["group", "width"], rows)
-        measured = "not measured" if result.measured_ms is None else f"measured {result.measured_ms:.4g} ms"
-        console.show(f"predicted {result.predicted_ms:.4g} ms, {measured}, budget {result.budget_ms:.4g} ms")
+        for limit in result.limits:
+            measured = "not measured" if limit.measured_ms is None else f"measured {limit.measured_ms:.4g} ms"
+            console.show(
+                f"{limit.name}: predicted {limit.predicted_ms:.4g} ms, {measured}, budget {limit.max_ms:.4g} ms"
+            )
 
     show_result(as_json, {"folder": str(settings.run_folder), **result.to_dict()}, show)
 
@@ -358,25 +366,30 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: J
     from hwsearch.config import RunConfig
     from hwsearch.pipeline import run as run_path
 
-    outcome = run_path(RunConfig.load(config), Console(json=as_json))
+    settings = RunConfig.load(config)
+    outcome = run_path(settings, Console(json=as_json))
+    names = (settings.device.name, *(further.name for further in settings.devices))
+    verdicts = dict(zip(names, outcome.verdicts, strict=True))
     columns, rows = comparison_table(outcome.rows, outcome.metric_name)
 
     def show(console: Console) -> None:
         console.table(f"{outcome.folder}", columns, rows)
-        console.show(f"verdict: {outcome.verdict.status}")
-        for reason in (*outcome.verdict.reasons, *outcome.verdict.notes):
-            console.show(f"  {reason}")
+        for name, verdict in verdicts.items():
+            console.show(f"verdict on {name}: {verdict.status}")
+            for reason in (*verdict.reasons, *verdict.notes):
+                console.show(f"  {reason}")
         console.show(f"report: {outcome.report}")
 
     facts = {
         "folder": str(outcome.folder),
         "report": str(outcome.report),
         "rows": [asdict(row) for row in outcome.rows],
-        "verdict": outcome.verdict.to_dict(),
+        "verdict": outcome.verdicts[0].to_dict(),
+        "verdicts": {name: verdict.to_dict() for name, verdict in verdicts.items()},
     }
     show_result(as_json, facts, show)
-    if outcome.verdict.exit_code:
-        raise typer.Exit(outcome.verdict.exit_code)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
 
 
 def _argument(model: str, shape: str | None, allow: str | None) -> Any:

@@ -6,13 +6,14 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from hwsearch.preparation import Prepared
+from hwsearch.preparation import Prepared, Target
 from hwsearch.search.journal import write_atomic
 
 if TYPE_CHECKING:
     from torch import nn
 
     from hwsearch.deploy.verdict import Verdict
+    from hwsearch.graph.widths import WidthChoice
     from hwsearch.search.result import SearchResult
 
 SCHEMA, VERSION = "hwsearch.summary", 1
@@ -28,10 +29,24 @@ class KernelRow:
 
 
 @dataclass(frozen=True)
+class DeviceTime:
+    """What a compared network takes on one device."""
+
+    device: str
+    predicted_ms: float
+    low_ms: float
+    high_ms: float
+    measured_ms: float
+    raw_p50_ms: float
+    budget_ms: float
+
+
+@dataclass(frozen=True)
 class NetworkRow:
     """One line of the comparison: a network, what was predicted, what was measured, and how good it is.
 
-    ``metric`` and ``loss`` are the task's, on the test set, which no search looks at.
+    ``metric`` and ``loss`` are the task's, on the test set, which no search looks at. Milliseconds and kernels are
+    those of the run's first device; ``devices`` has every one.
     """
 
     name: str
@@ -47,13 +62,12 @@ class NetworkRow:
     low_ms: float
     high_ms: float
     kernels: tuple[KernelRow, ...]
+    devices: tuple[DeviceTime, ...] = ()
 
 
 def compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, ...], str]:
     """Full width, uniform scaling at the same budget and the found network: trained alike, tested, measured."""
     from hwsearch.graph.onnx_build import export_onnx
-    from hwsearch.latency.measure import measure_many
-    from hwsearch.latency.quantising import quantise_network
     from hwsearch.reparam.fold import fold
     from hwsearch.search.baselines import uniform
     from hwsearch.search.winner import train_choice
@@ -79,77 +93,112 @@ def compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, ..
             )
     assert result.model is not None
     networks["found"] = result.model
-    files = [
-        (name, export_onnx(fold(network, ready.example, require=False), ready.example))
+    files = {
+        name: export_onnx(fold(network, ready.example, require=False), ready.example)
         for name, network in networks.items()
-    ]
-    if ready.device.precision == "int8":
-        files = [(name, quantise_network(file)) for name, file in files]
-    # Interleaved with each other: a comparison must not depend on the minute in which each one was timed.
-    timings = measure_many(files, ready.session, reference_ms=ready.reference_ms, allow_unfolded=True)
+    }
+    times = [_times(target, files, choices) for target in ready.targets]
     rows = []
-    for (name, network), measured in zip(networks.items(), timings, strict=True):
+    for name, network in networks.items():
         tested = evaluate(network, task, test, training)
-        estimated = ready.latency.estimate(choices[name])
+        devices = tuple(device[name] for device in times)
+        own, latency = devices[0], ready.first.latency
+        estimated = latency.estimate(choices[name])
         rows.append(
             NetworkRow(
                 name,
                 choices[name].widths,
-                estimated.ms,
-                measured.measured_ms,
-                measured.raw_p50_ms,
-                ready.budget.limits[0].max_ms,
+                own.predicted_ms,
+                own.measured_ms,
+                own.raw_p50_ms,
+                own.budget_ms,
                 ready.space.macs(choices[name]),
                 ready.space.parameters(choices[name]),
                 tested.metric,
                 tested.loss,
-                estimated.low_ms,
-                estimated.high_ms,
+                own.low_ms,
+                own.high_ms,
                 tuple(
                     KernelRow(kernel.node, kernel.family, ms)
-                    for kernel, ms in zip(ready.latency.kernels(choices[name]), estimated.kernel_ms, strict=True)
+                    for kernel, ms in zip(latency.kernels(choices[name]), estimated.kernel_ms, strict=True)
                 ),
+                devices,
             )
         )
-        ready.run.event("compared", network=name, metric=tested.metric, measured_ms=measured.measured_ms)
+        ready.run.event("compared", network=name, metric=tested.metric, measured_ms=own.measured_ms)
     return tuple(rows), task.metric_name
 
 
-def with_verdict(row: NetworkRow, verdict: Verdict) -> NetworkRow:
-    """The found network's row says what the verification measured: one number, not two that differ by noise."""
-    measured_ms, raw_p50_ms = verdict.measured_ms or row.measured_ms, verdict.raw_p50_ms or row.raw_p50_ms
-    return replace(row, measured_ms=measured_ms, raw_p50_ms=raw_p50_ms)
+def _times(target: Target, files: dict[str, bytes], choices: dict[str, WidthChoice]) -> dict[str, DeviceTime]:
+    """What every network takes on a device, by its name."""
+    from hwsearch.latency.measure import measure_many
+    from hwsearch.latency.quantising import quantise_network
+
+    eight = target.device.precision == "int8"
+    networks = [(name, quantise_network(file) if eight else file) for name, file in files.items()]
+    # Interleaved with each other: a comparison must not depend on the minute in which each one was timed.
+    timings = measure_many(networks, target.session, reference_ms=target.reference_ms, allow_unfolded=True)
+    found = {}
+    for (name, _), measured in zip(networks, timings, strict=True):
+        estimated = target.latency.estimate(choices[name])
+        found[name] = DeviceTime(
+            target.device.name,
+            estimated.ms,
+            estimated.low_ms,
+            estimated.high_ms,
+            measured.measured_ms,
+            measured.raw_p50_ms,
+            target.limit.max_ms,
+        )
+    return found
 
 
-def write_summary(ready: Prepared, rows: tuple[NetworkRow, ...], metric_name: str, verdict: Verdict) -> None:
+def with_verdict(row: NetworkRow, verdict: Verdict, at: int) -> NetworkRow:
+    """A row with what the verification on device number ``at`` measured: one number, not two that differ by noise."""
+    if verdict.measured_ms is None or verdict.raw_p50_ms is None:
+        return row
+    devices = list(row.devices)
+    devices[at] = replace(devices[at], measured_ms=verdict.measured_ms, raw_p50_ms=verdict.raw_p50_ms)
+    first = devices[0]
+    return replace(row, devices=tuple(devices), measured_ms=first.measured_ms, raw_p50_ms=first.raw_p50_ms)
+
+
+def write_summary(
+    ready: Prepared, rows: tuple[NetworkRow, ...], metric_name: str, verdicts: tuple[Verdict, ...]
+) -> None:
     """``summary.json`` of the run folder: what the report shows."""
+    statuses = {target.device.name: verdict.status for target, verdict in zip(ready.targets, verdicts, strict=True)}
     summary = {
         "schema": SCHEMA,
         "version": VERSION,
-        "device": ready.device.name,
+        "device": ready.first.device.name,
         "groups": [group.name for group in ready.space.groups],
         "metric_name": metric_name,
         "rows": [asdict(row) for row in rows],
-        "status": verdict.status,
+        "status": verdicts[0].status,
+        "statuses": statuses,
     }
     write_atomic(ready.run.path / "summary.json", json.dumps(summary, indent=1, sort_keys=True) + "\n")
 
 
 def comparison_table(rows: tuple[NetworkRow, ...], metric_name: str) -> tuple[list[str], list[list[str]]]:
-    """The comparison as text: columns and rows."""
+    """The comparison as text: columns and rows; with several devices a line for each network and device."""
+    several = any(len(row.devices) > 1 for row in rows)
     times = ["predicted ms", "measured ms", "budget ms", "of budget"]
-    columns = ["network", *times, "MMACs", "parameters", metric_name]
+    columns = ["network", *(["device"] if several else []), *times, "MMACs", "parameters", metric_name]
     lines = [
         [
             row.name,
-            f"{row.predicted_ms:.4f}",
-            f"{row.measured_ms:.4f}",
-            f"{row.budget_ms:.4f}",
-            f"{100 * row.measured_ms / row.budget_ms:.1f} %",
+            *([time.device] if several else []),
+            f"{time.predicted_ms:.4f}",
+            f"{time.measured_ms:.4f}",
+            f"{time.budget_ms:.4f}",
+            f"{100 * time.measured_ms / time.budget_ms:.1f} %",
             f"{row.macs / 1e6:.2f}",
             f"{row.parameters:,}",
             f"{row.metric:.4f}",
         ]
         for row in rows
+        for time in row.devices
     ]
     return columns, lines

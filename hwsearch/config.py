@@ -12,6 +12,9 @@ no default is written down twice. pydantic checks the file at this border; behin
     input = "1x1x28x28"
     [search]
     budget = "50%"                       # of the full network's measured ms; or budget_ms = 3.0
+    [[devices]]                          # further devices whose budgets the one network keeps as well
+    name = "x86-ort-2t"
+    budget = "60%"
     [[groups]]
     pattern = "stem.*"                   # layers by name or pattern
     freeze = true                        # or quantum, minimum, maximum
@@ -34,6 +37,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from hwsearch.config_branches import BranchSettings
 from hwsearch.config_data import DataSettings
+from hwsearch.config_devices import FurtherDevice, allowed_ms, check_budget, check_devices
 from hwsearch.config_masks import MaskSettings
 from hwsearch.config_messages import explain
 from hwsearch.config_types import (
@@ -145,8 +149,6 @@ class GroupSettings:
         return GroupRule(self.pattern, self.freeze, self.quantum, self.minimum, self.maximum)
 
 
-#: What a network measured once may take when it is measured again.
-_SAME = 1.05
 #: Settings of CafeNet itself, of its evolution and scoring, of CONetV2, and of either method.
 _CAFENET = (
     "offset", "bin_units", "patterns", "full_steps", "distillation", "sharing", "complementary", "bins", "smallest_bin",
@@ -216,19 +218,10 @@ class SearchSettings:
         for name in foreign:
             if getattr(self, name) is not None:
                 raise InputError(f"search.{name} is no setting of the method {self.method}: leave it out")
-        if (self.budget is None) == (self.budget_ms is None) and (self.method != "repnas" or self.has_budget):
-            raise InputError(
-                'search needs either budget, such as "50%", or budget_ms, such as 3.0: give one of the two'
-            )
-        if self.budget is not None and not 0 < self.share <= 100:
-            raise InputError(f"search.budget is {self.budget!r}: give a share above 0% and up to 100%")
+        if self.method != "repnas" or self.has_budget:
+            check_budget("search", self.budget, self.budget_ms)
         if isinstance(self.minimum, float) and self.minimum > 1:
             raise InputError(f"search.minimum is {self.minimum!r}: give whole channels, or a share up to 1.0")
-
-    @property
-    def share(self) -> float:
-        """``budget`` in per cent; 100 where milliseconds are given."""
-        return float(self.budget.rstrip("% \t")) if self.budget else 100.0
 
     @property
     def has_budget(self) -> bool:
@@ -236,13 +229,8 @@ class SearchSettings:
         return self.budget is not None or self.budget_ms is not None
 
     def max_ms(self, full_ms: float) -> float:
-        """The budget in milliseconds, of a full network that was measured at ``full_ms``.
-
-        Without one (``repnas`` alone) full widths are kept, with room for two measurements that differ.
-        """
-        if not self.has_budget:
-            return full_ms * _SAME
-        return self.budget_ms if self.budget_ms is not None else full_ms * self.share / 100
+        """The budget in milliseconds, of a full network that was measured at ``full_ms``."""
+        return allowed_ms(self.budget, self.budget_ms, full_ms)
 
 
 @dataclass(frozen=True)
@@ -335,6 +323,7 @@ class RunConfig:
     model: ModelSettings
     search: SearchSettings
     groups: tuple[GroupSettings, ...] = ()
+    devices: tuple[FurtherDevice, ...] = ()
     run: RunSettings = field(default_factory=RunSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -346,6 +335,7 @@ class RunConfig:
     deploy: DeploySettings = field(default_factory=DeploySettings)
 
     def __post_init__(self) -> None:
+        check_devices(self.device.name, self.devices, has_budget=self.search.has_budget)
         if self.search.method != "repnas" and self.branches != BranchSettings():
             raise InputError(f'[branches] is for method = "repnas", not {self.search.method}: leave it out')
         if self.search.method != "pas" and self.masks != MaskSettings():
@@ -403,6 +393,11 @@ class RunConfig:
     def bundle_folder(self) -> Path:
         """Where the bundle goes."""
         return Path(self.deploy.output) if self.deploy.output else self.run_folder / "bundle"
+
+    def bundle_of(self, device: str) -> Path:
+        """Where the bundle for one of the devices goes: beside the first device's."""
+        first = self.bundle_folder
+        return first if device == self.device.name else first.with_name(f"{first.name}-{Path(device).stem}")
 
     def training(self) -> TrainConfig:
         """How networks are trained on their own: the full one, the baselines' and the winner.

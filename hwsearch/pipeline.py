@@ -21,55 +21,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with."""
+    """What a run ends with; ``verdicts`` are in the order of its devices."""
 
     folder: Path
     rows: tuple[NetworkRow, ...]
     metric_name: str
-    verdict: Verdict
+    verdicts: tuple[Verdict, ...]
     report: Path
+
+    @property
+    def exit_code(self) -> int:
+        """0 where the network keeps every budget."""
+        return max(verdict.exit_code for verdict in self.verdicts)
 
 
 def run(config: RunConfig, console: Console) -> Outcome:
     """The whole path. Raises what its stages raise; a missed budget is in the verdict, not an error."""
-    from hwsearch.deploy.bundle import deploy
-    from hwsearch.deploy.verify import verify
-    from hwsearch.estimation import pricer
     from hwsearch.report import report
 
     with prepare(config, console) as ready:
         result = search(ready)
         rows, metric_name = compare(ready, result)
-        console.step("Deploying and verifying the found network")
-        assert result.model is not None
-        precision = config.deploy.precision or ready.device.precision
-        eight = precision == "int8"
-        predictor = ready.latency.predictor if ready.device.precision == precision else None
-        deploy(
-            result.model,
-            ready.example,
-            ready.device,
-            config.bundle_folder,
-            budget_ms=ready.budget.limits[0].max_ms,
-            predicted_ms=result.predicted_ms * result.limits[0].correction,
-            measured_ms=result.measured_ms,
-            name=config.run.name,
-            precision=precision,
-            # which layers are in 8 bits is known in the end only
-            price=pricer(ready.device, ready.session, predictor, ready.reference_ms) if eight else None,
-            task=config.data.load(config.run.seed)[0] if eight else None,
-            int8=config.deploy.int8(),
-            tell=console.say,
-        )
-        verdict = verify(config.bundle_folder, ready.device, session=ready.session)
-        verdict.save(config.bundle_folder / "verdict.json")
-        if precision == ready.device.precision:  # else the bundle's milliseconds are not those that rows compare
-            rows = tuple(with_verdict(row, verdict) if row.name == "found" else row for row in rows)
-        write_summary(ready, rows, metric_name, verdict)
+        verdicts = tuple(_deployed(ready, result, at) for at in range(len(ready.targets)))
+        for at, (target, verdict) in enumerate(zip(ready.targets, verdicts, strict=True)):
+            if config.deploy.precision in (None, target.device.precision):  # else the bundle is not what rows compare
+                rows = tuple(with_verdict(row, verdict, at) if row.name == "found" else row for row in rows)
+        write_summary(ready, rows, metric_name, verdicts)
         _explain(ready, result)
-        ready.run.event("verified", status=verdict.status, measured_ms=verdict.measured_ms)
         page = report(ready.run.path, ready.run.path / "report.html")
-    return Outcome(config.run_folder, rows, metric_name, verdict, Path(page))
+    return Outcome(config.run_folder, rows, metric_name, verdicts, Path(page))
+
+
+def _deployed(ready: Prepared, result: SearchResult, at: int) -> Verdict:
+    """Device number ``at`` gets its bundle of the found network, and says whether it keeps its budget there."""
+    from hwsearch.deploy.bundle import deploy
+    from hwsearch.deploy.verify import verify
+    from hwsearch.estimation import pricer
+
+    config, target, limit = ready.config, ready.targets[at], result.limits[at]
+    ready.console.step(f"Deploying and verifying the found network on {target.device.name}")
+    assert result.model is not None
+    precision = config.deploy.precision or target.device.precision
+    eight = precision == "int8"
+    predictor = target.latency.predictor if target.device.precision == precision else None
+    folder = config.bundle_of(target.device.name)
+    deploy(
+        result.model,
+        ready.example,
+        target.device,
+        folder,
+        budget_ms=target.limit.max_ms,
+        predicted_ms=limit.predicted_ms * limit.correction,
+        measured_ms=limit.measured_ms,
+        name=config.run.name,
+        precision=precision,
+        # which layers are in 8 bits is known in the end only
+        price=pricer(target.device, target.session, predictor, target.reference_ms) if eight else None,
+        task=config.data.load(config.run.seed)[0] if eight else None,
+        int8=config.deploy.int8(),
+        tell=ready.console.say,
+    )
+    verdict = verify(folder, target.device, session=target.session)
+    verdict.save(folder / "verdict.json")
+    ready.run.event("verified", device=target.device.name, status=verdict.status, measured_ms=verdict.measured_ms)
+    return verdict
 
 
 def _explain(ready: Prepared, result: SearchResult) -> None:
@@ -77,8 +92,9 @@ def _explain(ready: Prepared, result: SearchResult) -> None:
     from hwsearch.latency.explain import explain_choice
     from hwsearch.report.explain_section import write_explanation
 
+    first = ready.first
     with ready.console.bar("stairs of the found network") as bar:
-        found = explain_choice(ready.latency, result.choice, ready.template.slice(result.choice), told=bar)
+        found = explain_choice(first.latency, result.choice, first.template.slice(result.choice), told=bar)
     write_explanation(ready.run.path, found)
 
 
@@ -88,7 +104,8 @@ def search(ready: Prepared) -> SearchResult:
     from hwsearch.reparam.fold import fold
 
     config = ready.config
-    ready.console.step(f"Searching with {config.search.method} under {ready.budget.limits[0].max_ms:.4g} ms")
+    wanted = " and ".join(f"{target.limit.max_ms:.4g} ms on {target.device.name}" for target in ready.targets)
+    ready.console.step(f"Searching with {config.search.method} under {wanted}")
     task, _ = config.data.load(config.run.seed)
     searcher = _searcher(ready)
     with _stages(ready.console) as progress:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hwsearch import __version__
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from hwsearch.latency.predictor import LatencyPredictor
     from hwsearch.latency.sample import NetworkTemplate
     from hwsearch.latency.table import LatencyTable
-    from hwsearch.search.budget import Budget
+    from hwsearch.search.budget import Budget, Limit
     from hwsearch.search.run_folder import RunFolder
 
 #: Folder of the fitted predictor and its card, beside the table.
@@ -47,21 +48,15 @@ CHECKS = 3
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Everything that a search needs, made from a config; lives as long as the run's device session."""
+class Target:
+    """One device of a run: how it is asked, what a network takes there, and how many milliseconds it may."""
 
-    config: RunConfig
-    run: RunFolder
-    console: Console
     device: Device
     session: DeviceSession
     reference_ms: float
-    module: nn.Module
-    example: Tensor
-    space: WidthSpace
     template: NetworkTemplate
     latency: NetworkLatency
-    budget: Budget
+    limit: Limit
 
     def measure(self, onnx: bytes) -> Measurement:
         """A network's milliseconds on the device, by the one code path for measuring."""
@@ -70,87 +65,129 @@ class Prepared:
         # it has been folded as deploying folds it: what is left is what runs
         return measure(onnx, self.session, reference_ms=self.reference_ms, allow_unfolded=True)
 
+    @property
+    def measured(self) -> Limit:
+        """The limit that asks the device for milliseconds too."""
+        return replace(self.limit, measure=lambda choice: self.measure(self.template.slice(choice)).measured_ms)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a search needs, made from a config; lives as long as the run's device sessions.
+
+    ``targets`` are the devices, that of ``[device]`` first, in the order of the budget's limits.
+    """
+
+    config: RunConfig
+    run: RunFolder
+    console: Console
+    module: nn.Module
+    example: Tensor
+    space: WidthSpace
+    targets: tuple[Target, ...]
+
+    @property
+    def budget(self) -> Budget:
+        """What the network must keep on every device."""
+        from hwsearch.search.budget import Budget
+
+        return Budget([target.measured for target in self.targets])
+
+    @property
+    def first(self) -> Target:
+        """The device of ``[device]``, which the tables and pages of a run are about."""
+        return self.targets[0]
+
 
 @contextmanager
 def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
-    """Open the run folder and the device, and make sure of table, predictor, space and a budget that can be kept.
+    """Open the run folder and the devices, and make sure of tables, predictors, space and a budget that can be kept.
 
     Raises:
         InfeasibleBudgetError: the space cannot keep the budget; nothing was trained.
         NoisyDeviceError: the device check found the machine too busy to be measured.
     """
-    from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
     from hwsearch.graph.control import bounded
     from hwsearch.graph.onnx_build import OnnxTemplate
     from hwsearch.graph.space_table import SpaceTable
     from hwsearch.graph.widths import WidthSpace
-    from hwsearch.latency.lowering import Lowering
-    from hwsearch.latency.network import NetworkLatency
-    from hwsearch.latency.quantising import template_for
     from hwsearch.reparam.fold import fold
-    from hwsearch.search.budget import Budget, Limit
     from hwsearch.search.run_folder import open_run
 
-    device = Device.load(config.device.name)
-    if device.precision == "int8" and config.deploy.precision == "float32":
-        raise InputError(
-            f"device {device.name!r} is an int8 one, so the search is in 8-bit milliseconds, but deploy.precision is "
-            "float32: leave it out, or use a float32 device"
-        )
+    names = (config.device.name, *(further.name for further in config.devices))
+    devices = [Device.load(name) for name in names]
+    for device in devices:
+        _check_precision(config, device)
     config.deploy.int8()  # wrong settings are told now, not after the training
-    if "int8" in (config.deploy.precision, device.precision):
+    if "int8" in (config.deploy.precision, *(device.precision for device in devices)):
         _check_images(config)
     module, example = _model(config)
-    with (
-        open_run(config.run_folder, config.identity()) as run_folder,
-        open_session(device, message=console.say) as session,
-    ):
+    with open_run(config.run_folder, config.identity()) as run_folder, contextlib.ExitStack() as sessions:
         run_folder.event("run_started", resumed=run_folder.resumed)
-        console.step(f"Checking {device.name}")
-        reference_ms = ensure_checked(device, session, console)
         console.step("Extracting the width space")
         space = WidthSpace.from_model(module, example, quantum=config.search.quantum, minimum=config.search.minimum)
         if config.groups:
             space = bounded(space, example, [rule.rule() for rule in config.groups])
             module = space.model or module  # a maximum makes the network narrower
         plain = OnnxTemplate(space, fold(module, example, require=False), example)
-        template = template_for(plain, device.precision)
         console.say(f"  {len(space.groups)} width groups, 10^{space.log10_size:.1f} networks")
-        console.step(f"Profiling {device.name}")
-        table = profile_device(
-            device,
-            session,
-            console,
-            minutes=config.profile.minutes,
-            templates=(plain,),
-            seed=config.run.seed,
-        )
-        predictor, card = _fitted(device, table, session, console)
-        console.say(card)
-        latency = NetworkLatency(space, predictor, Lowering(template, session))
-        console.step("Learning how the runtime lowers the widths")
-        with console.bar("lowering") as bar:
-            latency.prepare(bar)
-        shown = SpaceTable.of(space, latency.evaluate)
+        targets = tuple(_target(config, device, plain, run_folder, sessions, console) for device in devices)
+        shown = SpaceTable.of(space, targets[0].latency.evaluate)
         write_atomic(run_folder.path / SPACE, json.dumps(shown.to_dict(), indent=1, sort_keys=True) + "\n")
         console.say(shown.text(slots=False))
-        full_ms = _once(
-            run_folder, "full_measured_ms", lambda: _full_ms(session, template, space, reference_ms, console)
-        )
-        # What a run finds is measured, and the measurement decides: the prediction itself is compared.
-        limit = Limit(latency, config.search.max_ms(full_ms), config.search.quantile or 0.5, device.name)
-        ready = Prepared(
-            config, run_folder, console, device, session, reference_ms, module, example, space, template, latency,
-            Budget([limit]),
-        )  # fmt: skip
-        console.say(f"  full network {full_ms:.4g} ms measured; budget {limit.max_ms:.4g} ms on {device.name}")
+        ready = Prepared(config, run_folder, console, module, example, space, targets)
         ready.budget.check_reachable(space)
-        measured = Limit(
-            latency, limit.max_ms, limit.quantile, limit.name,
-            measure=lambda choice: ready.measure(template.slice(choice)).measured_ms,
-        )  # fmt: skip
-        yield replace(ready, budget=Budget([measured]))
+        yield ready
+
+
+def _target(
+    config: RunConfig,
+    device: Device,
+    plain: OnnxTemplate,
+    run_folder: RunFolder,
+    sessions: contextlib.ExitStack,
+    console: Console,
+) -> Target:
+    """A device that is checked, profiled and predicted, with its budget in milliseconds."""
+    from hwsearch.device.session import open_session
+    from hwsearch.latency.lowering import Lowering
+    from hwsearch.latency.network import NetworkLatency
+    from hwsearch.latency.quantising import template_for
+    from hwsearch.search.budget import Limit
+
+    session = sessions.enter_context(open_session(device, message=console.say))
+    console.step(f"Checking {device.name}")
+    reference_ms = ensure_checked(device, session, console)
+    template = template_for(plain, device.precision)
+    console.step(f"Profiling {device.name}")
+    table = profile_device(
+        device, session, console, minutes=config.profile.minutes, templates=(plain,), seed=config.run.seed
+    )
+    predictor, card = _fitted(device, table, session, console)
+    console.say(card)
+    latency = NetworkLatency(plain.space, predictor, Lowering(template, session))
+    console.step(f"Learning how {device.name} lowers the widths")
+    with console.bar("lowering") as bar:
+        latency.prepare(bar)
+    settings = next((further for further in config.devices if further.name == device.name), None)
+    # The first device's file is named as if it were the only one: most runs have one.
+    name = "full_measured_ms" if settings is None else f"full_measured_ms-{Path(device.name).stem}"
+    full_ms = _once(run_folder, name, lambda: _full_ms(session, template, plain.space, reference_ms, console))
+    asked = settings or config.search
+    # What a run finds is measured, and the measurement decides: the prediction itself is compared.
+    limit = Limit(latency, asked.max_ms(full_ms), asked.quantile or 0.5, device.name)
+    console.say(f"  full network {full_ms:.4g} ms measured; budget {limit.max_ms:.4g} ms on {device.name}")
+    return Target(device, session, reference_ms, template, latency, limit)
+
+
+def _check_precision(config: RunConfig, device: Device) -> None:
+    """A search in 8-bit milliseconds ends in a network in 8 bits."""
+    if device.precision == "int8" and config.deploy.precision == "float32":
+        raise InputError(
+            f"device {device.name!r} is an int8 one, so the search is in 8-bit milliseconds, but deploy.precision is "
+            "float32: leave it out, or use a float32 device"
+        )
 
 
 def _check_images(config: RunConfig) -> None:

@@ -307,7 +307,7 @@ class TestSearchByOptions:
         "model": "hwsearch.models.vgg:vgg_small",
         "shape": "1x1x28x28",
         "data": "synthetic",
-        "budget": "simulated:0.2",
+        "budgets": ["simulated:0.2"],
         "folder": None,
     }
 
@@ -320,9 +320,9 @@ class TestSearchByOptions:
     @pytest.mark.parametrize("budget", ["simulated", "simulated:", ":3", "simulated:x", "simulated:0", "simulated:nan"])
     def test_budgets_that_are_none(self, budget: str) -> None:
         with pytest.raises(InputError, match="DEVICE:MS"):
-            search_config(**{**self.GOOD, "budget": budget})
+            search_config(**{**self.GOOD, "budgets": [budget]})
 
-    @pytest.mark.parametrize(("name", "option"), [("model", "--model"), ("shape", "--input"), ("budget", "--budget")])
+    @pytest.mark.parametrize(("name", "option"), [("model", "--model"), ("shape", "--input"), ("budgets", "--budget")])
     def test_a_missing_option_is_named(self, name: str, option: str) -> None:
         with pytest.raises(InputError, match=option):
             search_config(**{**self.GOOD, name: None})

@@ -6,7 +6,8 @@ Files and fields that are looked at::
     summary.json            rows[] (or a list): name, predicted_ms, low_ms, high_ms, measured_ms, raw_p50_ms, budget_ms,
                             macs, parameters, accuracy or metric, widths (list or {group: width}),
                             kernels[] {node, family, ms}; beside rows: model, device, ...
-                            metric_name, groups (for widths that are a list), status (where there is no verdict.json)
+                            metric_name, groups (for widths that are a list), status (where there is no verdict.json);
+                            with several devices rows[].devices[] and statuses {device: status}
     events.jsonl            anything with a step or epoch and a loss or metric; or history: [[step, loss], ...]
     state/*/checkpoint.safetensors      the training history in its header
     bundle/manifest.json, bundle/verdict.json
@@ -140,6 +141,7 @@ class RunData:
     manifest: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
     explanation: dict[str, Any] = field(default_factory=dict)
     space: dict[str, Any] = field(default_factory=dict)
     quality: tuple[dict[str, Any], ...] = ()
@@ -199,13 +201,14 @@ def read_run(folder: Path) -> RunData:
         metric_name=word(head.get("metric_name"), "accuracy"),
         budget_ms=budget or next((row.budget_ms for row in rows if row.budget_ms), None),
         rows=rows,
-        candidates=tuple(_candidates(result.get("candidates"))),
+        candidates=tuple(candidates_at(result.get("candidates"))),
         curves=curves + tuple(c for c in _checkpoint_curves(folder / "state") if c.name not in known),
         verdict=verdict,
         status=status if status in STATUSES else "",
         manifest=manifest,
         settings=settings,
         result=result,
+        summary=head,
         explanation=mapping(read_json(folder / "explain.json", problems)),
         space=mapping(read_json(folder / "space.json", problems)),
         quality=tuple(read_json_lines(folder / "state" / "quality.jsonl", problems)),
@@ -244,11 +247,14 @@ def _row(data: dict[str, Any], groups: list[str]) -> Row:
     return Row(word(data.get("name"), "?"), **numbers, metric=metric, widths=widths, kernels=tuple(kernels))
 
 
-def _candidates(listed: object) -> Iterable[CandidatePoint]:
+def candidates_at(listed: object, limit: int = 0) -> Iterable[CandidatePoint]:
+    """The scored choices at their predicted milliseconds on one of the budget's limits."""
     for entry in items(listed):
         candidate = mapping(entry)
         times = candidate.get("ms")
-        ms = positive(next(iter(times), None) if isinstance(times, list) else times)
+        if isinstance(times, list):
+            times = times[limit] if limit < len(times) else None
+        ms = positive(times)
         score = number(candidate.get("loss"))
         if ms is not None and score is not None:
             yield CandidatePoint(ms, score)
