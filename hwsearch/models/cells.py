@@ -169,6 +169,19 @@ class Genotype:
             tied.setdefault(root(name), []).append(name)
         return [tuple(names) for names in tied.values()]
 
+    def writers(self) -> dict[str, str]:
+        """The dense convolutions' weights of ``CellNetwork`` by name, and which width each one's outputs are."""
+        found, edges = {"stem.0.weight": "stem"}, self.blueprint.edges()
+        for c in range(self.blueprint.cells):
+            found |= {f"cells.{c}.pre.{i}.1.weight": f"{c}.pre{i}" for i in (0, 1) if self.reads(c, i)}
+        for c, e, name in self.operations():
+            at, node = f"cells.{c}.edges.{e}.{name}", f"{c}.node{edges[e][1]}"
+            if name.startswith("sep"):
+                found |= {f"{at}.2.weight": f"{c}.{e}.{name}", f"{at}.6.weight": node}
+            elif not weightless(name, self.blueprint.stride(c, e)):
+                found[f"{at}.{1 if name == 'skip' else 2}.weight"] = node
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: the arguments of ``cell_network``."""
         blueprint = self.blueprint

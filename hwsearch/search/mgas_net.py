@@ -115,6 +115,10 @@ class CellSuperNet(nn.Module):
             found |= dict.fromkeys(tied, pair)
         return found
 
+    def masks_of(self, tied: Sequence[str]) -> Tensor:
+        """The mask (units,) of some tied widths."""
+        return joint_mask([self.filter_gate(name) for name in tied])[0]
+
     def widths(self, genotype: Genotype, *, now: bool = False) -> dict[str, int]:
         """Living filters of every width of a genotype; ``now``: those that are on at this moment."""
         if now:

@@ -91,16 +91,20 @@ class Searcher(ABC):
             InfeasibleBudgetError: nothing in the space keeps the budget (before any training).
             InputError: the run folder belongs to another search, is in use, or cannot be written.
         """
-        self.budget.check_reachable(self.space)
+        self._check()
         with self._open() as run:
             run.event("search_started", method=self.method, resumed=run.resumed, seed=self.seed)
             result = self._search(run, train, valid, progress)
-            if not isinstance(result, SearchResult) or len(result.choice.widths) != len(self.space.groups):
-                raise InternalError(f"{type(self).__name__}._search must return a SearchResult of its space")
+            if not isinstance(result, SearchResult) or len(result.choice.widths) != len(result.groups):
+                raise InternalError(f"{type(self).__name__}._search must return a SearchResult, a width per group")
             if processes.rank() == 0:
                 result.save(run.result_path)
             run.event("search_finished", method=self.method, measured_ms=result.measured_ms)
         return result
+
+    def _check(self) -> None:
+        """Refuse a budget that nothing can keep, before anything is trained."""
+        self.budget.check_reachable(self.space)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[RunFolder]:
