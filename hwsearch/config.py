@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from hwsearch.config_branches import BranchSettings
+from hwsearch.config_cells import CellSettings
 from hwsearch.config_data import DataSettings
 from hwsearch.config_devices import FurtherDevice, allowed_ms, check_budget, check_devices
 from hwsearch.config_masks import MaskSettings
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from hwsearch.graph.control import GroupRule
     from hwsearch.search.cafenet import CafeNetConfig
     from hwsearch.search.conetv2_config import ConetConfig
+    from hwsearch.search.mgas_config import MgasConfig
     from hwsearch.search.pas_config import PasConfig
     from hwsearch.search.repnas_search import RepNASSearchConfig
     from hwsearch.train.loop import TrainConfig
@@ -175,7 +177,7 @@ class SearchSettings:
     """
 
     __pydantic_config__ = _STRICT
-    method: Literal["cafenet", "conetv2", "repnas", "pas"] = "cafenet"
+    method: Literal["cafenet", "conetv2", "repnas", "pas", "mgas"] = "cafenet"
     budget: Percent | None = None
     budget_ms: Ms | None = None
     quantile: Quantile | None = None
@@ -213,7 +215,8 @@ class SearchSettings:
     stairs: Switch | None = None
 
     def __post_init__(self) -> None:
-        foreign: tuple[str, ...] = _CAFENET_ONLY if self.method in ("conetv2", "pas") else ()
+        foreign: tuple[str, ...] = _CAFENET_ONLY if self.method in ("conetv2", "pas", "mgas") else ()
+        foreign += ("start",) if self.method == "mgas" else ()
         foreign += () if self.method == "conetv2" else _CONETV2_ONLY
         for name in foreign:
             if getattr(self, name) is not None:
@@ -332,6 +335,7 @@ class RunConfig:
     train: TrainSettings = field(default_factory=TrainSettings)
     branches: BranchSettings = field(default_factory=BranchSettings)
     masks: MaskSettings = field(default_factory=MaskSettings)
+    cells: CellSettings = field(default_factory=CellSettings)
     deploy: DeploySettings = field(default_factory=DeploySettings)
 
     def __post_init__(self) -> None:
@@ -340,6 +344,8 @@ class RunConfig:
             raise InputError(f'[branches] is for method = "repnas", not {self.search.method}: leave it out')
         if self.search.method != "pas" and self.masks != MaskSettings():
             raise InputError(f'[masks] is for method = "pas", not {self.search.method}: leave it out')
+        if self.search.method != "mgas" and self.cells != CellSettings():
+            raise InputError(f'[cells] is for method = "mgas", not {self.search.method}: leave it out')
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -380,7 +386,7 @@ class RunConfig:
         """What decides the result: all but where files go and how often checkpoints are written."""
         plain = self.to_dict()
         del plain["run"]["folder"], plain["deploy"]
-        for section in ("supernet", "trial", "train", "masks"):
+        for section in ("supernet", "trial", "train", "masks", "cells"):
             del plain[section]["checkpoint_s"]
         return plain
 
@@ -450,6 +456,15 @@ class RunConfig:
         winner = self.train.config(self.run, "train", like=self.masks.base().winner)
         shared = _given(self.search, *_BOTH)
         return self.masks.config(self.training(), winner, shared, trained=self.model.weights is not None)
+
+    def mgas(self) -> MgasConfig:
+        """The search of cells that ``[cells]`` and ``[train]`` stand for.
+
+        Raises:
+            InputError: values that do not go together.
+        """
+        winner = self.train.config(self.run, "train", like=self.cells.base().winner)
+        return self.cells.config(winner, _given(self.search, "measured", "rounds"))
 
     def repnas(self) -> RepNASSearchConfig:
         """The search of branches that ``[branches]`` and ``[train]`` stand for.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hwsearch.cell_run import about_found, cell_search, found_factory
 from hwsearch.comparison import NetworkRow, compare, with_verdict, write_summary
 from hwsearch.config import RunConfig
 from hwsearch.console import Console
@@ -41,6 +42,7 @@ def run(config: RunConfig, console: Console) -> Outcome:
 
     with prepare(config, console) as ready:
         result = search(ready)
+        ready = about_found(ready, result)
         rows, metric_name = compare(ready, result)
         verdicts = tuple(_deployed(ready, result, at) for at in range(len(ready.targets)))
         for at, (target, verdict) in enumerate(zip(ready.targets, verdicts, strict=True)):
@@ -113,13 +115,14 @@ def search(ready: Prepared) -> SearchResult:
     assert result.model is not None
     # Branches are not what the factory builds: what is kept of them is their fold.
     branched = config.search.method == "repnas"
+    factory, kwargs = found_factory(ready, result)
     save_model(
         ready.run.model,
         fold(result.model, ready.example, minimal=False) if branched else result.model,
         folded=branched,
-        factory=config.model.factory,
+        factory=factory,
         input_shape=config.model.input_shape,
-        factory_kwargs=config.model.kwargs,
+        factory_kwargs=kwargs,
         widths=dict(zip(result.groups, result.choice.widths, strict=True)),
     )
     return result
@@ -138,6 +141,8 @@ def _searcher(ready: Prepared) -> Searcher:
         from hwsearch.search.pas import PaS
 
         return PaS(ready.space, ready.budget, config.pas(), model=ready.module, seed=config.run.seed, folder=ready.run)
+    if config.search.method == "mgas":
+        return cell_search(ready)
     from hwsearch.search.cafenet import CafeNet
 
     cafenet = CafeNet(

@@ -137,7 +137,8 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         write_atomic(run_folder.path / SPACE, json.dumps(shown.to_dict(), indent=1, sort_keys=True) + "\n")
         console.say(shown.text(slots=False))
         ready = Prepared(config, run_folder, console, module, example, space, targets)
-        ready.budget.check_reachable(space)
+        if config.search.method != "mgas":  # which leaves operations out as well, and checks for itself
+            ready.budget.check_reachable(space)
         yield ready
 
 
@@ -166,7 +167,9 @@ def _target(
     )
     predictor, card = _fitted(device, table, session, console)
     console.say(card)
-    latency = NetworkLatency(plain.space, predictor, Lowering(template, session))
+    # a super-network of cells is asked about a few times only
+    each = config.search.method == "mgas"
+    latency = NetworkLatency(plain.space, predictor, Lowering(template, session), lower_each=each)
     console.step(f"Learning how {device.name} lowers the widths")
     with console.bar("lowering") as bar:
         latency.prepare(bar)

@@ -336,13 +336,15 @@ def serve(board: _Board | None = None) -> None:
             getattr(jobs, request["job"])(Device.from_dict(request["device"]), request)
         except HwsearchError as error:
             answer("error", kind=type(error).__name__, message=str(error))
-        except ImportError as error:
+        except (FileNotFoundError, ImportError) as error:
+            # of hwsearch's own modules too: somebody cleaned up the folder that a board's agent runs from
+            if isinstance(error, FileNotFoundError) or (error.name or "").startswith("hwsearch"):
+                answer("error", kind="FilesGone", message=f"files are gone from the device ({error})")
+                continue
             message = f"the device lacks a package: {error}; install it there, for {sys.executable}"
             answer("error", kind=DeviceUnavailableError.__name__, message=message)
         except MemoryError:
             answer("error", kind=DeviceJobError.__name__, message="the device has not enough memory for this network")
-        except FileNotFoundError as error:
-            answer("error", kind="FilesGone", message=f"{error.filename} is gone from the device")
         except OSError as error:
             answer("error", kind=DeviceUnavailableError.__name__, message=_no_room(error))
         except Exception as error:

@@ -442,6 +442,7 @@ class DeviceSession:
                     self._message(f"device {self.device.name}: {event['message']}")
                 elif event["event"] == "error":
                     if event["kind"] == "FilesGone":
+                        finished = False  # its own modules may be among them
                         raise AgentGone(event["message"], FILES)
                     raise self._error(event, None)
                 elif event["event"] != "alive":

@@ -18,6 +18,7 @@ import os
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -235,7 +236,8 @@ class SshTransport:
             DeviceUnavailableError: the board has no Python, or cannot read or write a file.
         """
         source = Path(courier.__file__).read_bytes()
-        script = f"{self.settings.python} -c {shlex.quote(_RUN)} {len(source)}; exit $?"
+        flags = "" if op == "hello" else "-S -E "  # it starts faster; hello looks at what is installed
+        script = f"{self.settings.python} {flags}-c {shlex.quote(_RUN)} {len(source)}; exit $?"
         command = [*self._ssh(), f"sh -c {shlex.quote(script)}"]
         try:
             errand = _Errand(command, self._refused, self._ended)
@@ -256,13 +258,16 @@ class SshTransport:
         """What an exit status of ``ssh`` means."""
         said = f" ({words})" if words else ""
         if code == 255 or code < 0:
-            return AgentGone(f"no connection to {self.settings.host}{said}", LINK)
+            return AgentGone(f"no connection to {self.settings.host}{said or ' (it broke)'}", LINK)
         if code in (126, 127):
             return self._unavailable(
                 f"{self.settings.host} has no {self.settings.python!r}{said}: install Python there, or name its path as"
                 ' python = "..."'
             )
         if code > 128:
+            # a shell says the same once more, some of them with the whole command
+            name = signal.strsignal(code - 128) or "?"
+            said = "" if words.startswith(name) or self._token in words else said
             return AgentGone(killed_by(code - 128) + said, KILLED)
         return AgentGone(f"the agent ended with status {code}{said}", ENDED)
 

@@ -8,6 +8,7 @@ from typing import Any
 from hwsearch.deploy.verdict import Verdict
 from hwsearch.report import figures
 from hwsearch.report.card_section import card_section
+from hwsearch.report.cells_section import cells_section
 from hwsearch.report.devices_section import devices_section
 from hwsearch.report.explain_section import explain_section, of_run
 from hwsearch.report.page import (
@@ -42,6 +43,7 @@ def run_page(run: RunData, table_folder: Path | None) -> Page:
     page.add(devices_section(page, run))
     page.add(front(page, run))
     page.add(f'<div class="split">{widths(page, run)}{families(page, run)}</div>')
+    page.add(cells_section(page, run.result))
     page.add(space_section(page, run.space))
     page.add(kernels(page, run))
     page.add(explain_section(page, of_run(run)))

@@ -1,0 +1,78 @@
+"""A run that searches cells: its searcher, and what follows the search on the network that was found.
+
+The found operations make another network than the super-network, with width groups of its own. From the search on a run
+is about that one: at full width, uniformly scaled, and as found.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hwsearch.errors import InputError
+from hwsearch.preparation import SPACE, Prepared
+from hwsearch.search.journal import write_atomic
+
+if TYPE_CHECKING:
+    from hwsearch.search.mgas import MGAS
+    from hwsearch.search.mgas_cost import DeviceCost
+    from hwsearch.search.result import SearchResult
+
+#: Builds what a search of cells found, from the genotype.
+FACTORY = "hwsearch.models.cells:cell_network"
+
+
+def cell_search(ready: Prepared) -> MGAS:
+    """The search that the config names.
+
+    Raises:
+        InputError: the model is no super-network of cells, or there are several devices.
+    """
+    from hwsearch.models.cells import CellNetwork
+    from hwsearch.search.mgas import MGAS
+
+    if not isinstance(ready.module, CellNetwork):
+        raise InputError(
+            f'method = "mgas" searches a super-network of cells, not {ready.config.model.factory}: use '
+            "hwsearch.models.cells:cells_small, or another factory of such a network"
+        )
+    return MGAS(
+        ready.space, ready.budget, ready.config.mgas(), cost=_cost(ready), model=ready.module,
+        seed=ready.config.run.seed, folder=ready.run,
+    )  # fmt: skip
+
+
+def found_factory(ready: Prepared, result: SearchResult) -> tuple[str, dict[str, Any]]:
+    """(factory, its arguments) of the network at full width whose widths a search chose."""
+    if result.method != "mgas":
+        return ready.config.model.factory, ready.config.model.kwargs
+    return FACTORY, dict(result.extra["genotype"])
+
+
+def about_found(ready: Prepared, result: SearchResult) -> Prepared:
+    """The same run, from here on about the found network and its widths."""
+    if result.method != "mgas":
+        return ready
+    from hwsearch.graph.space_table import SpaceTable
+    from hwsearch.models.cells import CellNetwork, Genotype
+
+    network = CellNetwork(Genotype.from_dict(result.extra["genotype"]))
+    narrowed = _cost(ready).narrowed(network, ready.budget, ready.config.mgas().quantum)
+    latency = narrowed.budget.limits[0].latency
+    shown = SpaceTable.of(narrowed.space, latency.evaluate)
+    write_atomic(ready.run.path / SPACE, json.dumps(shown.to_dict(), indent=1, sort_keys=True) + "\n")
+    target = replace(
+        ready.first, template=narrowed.template, latency=latency, limit=replace(ready.first.limit, latency=latency)
+    )
+    return replace(ready, module=network, space=narrowed.space, targets=(target,))
+
+
+def _cost(ready: Prepared) -> DeviceCost:
+    from hwsearch.search.mgas_cost import DeviceCost
+
+    first = ready.first
+    return DeviceCost(
+        first.latency.predictor, first.session, ready.config.model.input_shape,
+        measure=lambda onnx: first.measure(onnx).measured_ms,
+    )  # fmt: skip

@@ -1,0 +1,108 @@
+"""A run that searches cells, from a bare simulated device to a verified bundle, and what its settings say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hwsearch.config import RunConfig
+from hwsearch.errors import InputError
+from hwsearch.graph.model_folder import load_model
+from hwsearch.models.cells import Genotype
+
+CONFIG = """
+[run]
+name = "cells"
+[device]
+name = "simulated"
+[profile]
+minutes = 0.12
+[model]
+factory = "hwsearch.models.cells:cells_full"
+input = "1x1x16x16"
+kwargs = { in_channels = 1, channels = 8, cells = 2, nodes = 1, operations = ["skip", "sep3", "max3"], stem_stride = 2 }
+[data]
+kind = "synthetic"
+limit = 300
+valid = 100
+[search]
+method = "mgas"
+budget = "45%"
+[cells]
+stages = 2
+warmup_epochs = 0.5
+stage_epochs = 1
+final_epochs = 1
+prune_every = 0.5
+batch_size = 32
+quantum = 2
+least = 2
+checkpoint_s = 0.2
+[train]
+steps = 8
+checkpoint_s = 0.2
+"""
+SMALLEST: dict[str, Any] = {
+    "device": {"name": "simulated"},
+    "model": {"factory": "hwsearch.models.cells:cells_small", "input": "1x1x28x28"},
+    "search": {"method": "mgas", "budget": "50%"},
+}
+
+
+@pytest.mark.slow
+def test_cells_are_searched_deployed_and_verified(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).resolve().parent.parent / "devices", tmp_path / "devices")
+    (tmp_path / "cells.toml").write_text(CONFIG)
+    command = [sys.executable, "-m", "hwsearch.cli", "run", "cells.toml", "--json"]
+    environment = {**os.environ, "HWSEARCH_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["verdict"]["status"] == "pass"
+    rows = {row["name"]: row for row in outcome["rows"]}
+    assert list(rows) == ["full", "uniform", "found"]
+    run = tmp_path / "runs/cells"
+    result = json.loads((run / "result.json").read_text())
+    assert result["method"] == "mgas"
+    assert 0.8 * result["limits"][0]["max_ms"] < result["limits"][0]["measured_ms"] <= result["limits"][0]["max_ms"]
+    assert rows["found"]["measured_ms"] <= rows["found"]["budget_ms"]
+    assert rows["found"]["parameters"] == result["parameters"]
+    genotype = Genotype.from_dict(result["extra"]["genotype"])
+    model = load_model(run / "model")
+    assert sum(p.numel() for p in model.parameters()) == result["parameters"]
+    assert model(torch.zeros(1, 1, 16, 16)).shape == (1, 10)
+    assert genotype.count < Genotype.full(genotype.blueprint).count
+    page = (run / "report.html").read_text()
+    assert "Cells" in page
+    assert "node 0" in page
+
+
+def test_cells_have_a_section_of_their_own() -> None:
+    cells = {"stages": 2, "final_epochs": 3, "learning_rate": 0.03, "controller": "goldnas", "batch_size": 32}
+    search = {**SMALLEST["search"], "measured": 3}
+    config = RunConfig.from_dict({**SMALLEST, "search": search, "cells": cells, "train": {"epochs": 3}})
+    found = config.mgas()
+    assert (found.stages, found.final_epochs, found.controller, found.measured) == (2, 3.0, "goldnas", 3)
+    assert (found.training.learning_rate, found.training.final_rate, found.training.batch_size) == (0.03, 0.03, 32)
+    assert found.winner.epochs == 3
+    paper = RunConfig.from_dict({**SMALLEST, "cells": {"published": True}}).mgas()
+    assert (paper.controller, paper.mu, paper.winner.epochs) == ("goldnas", 0.0, 600)
+    for changes, message in (
+        ({"search": {"budget": "40%"}, "cells": {"stages": 2}}, '[cells] is for method = "mgas", not cafenet'),
+        ({"search": {**search, "offset": 1}}, "search.offset is no setting of the method mgas"),
+        ({"search": {**search, "start": "model"}}, "search.start is no setting of the method mgas"),
+        ({"cells": {"controller": "x"}}, "cells.controller is 'x': give one of 'dual', 'goldnas'"),
+    ):
+        with pytest.raises(InputError) as refused:
+            RunConfig.from_dict({**SMALLEST, **changes})
+        assert message in str(refused.value)
+    with pytest.raises(InputError, match=r"\[cells\]: regrow is 0.2 and aim 0.0"):
+        RunConfig.from_dict({**SMALLEST, "cells": {"aim": 0.0}}).mgas()
