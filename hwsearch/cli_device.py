@@ -106,7 +106,7 @@ def device_revalidate(
 @device_app.command("add")
 def device_add(
     name: Annotated[str, typer.Argument(help="The new device's name; also the name of its table's folder.")],
-    runtime: Annotated[str, typer.Option(help="onnxruntime or simulated.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option(help="onnxruntime, openvino or simulated.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="Threads that one inference may use.")] = 1,
     as_json: Json = False,
 ) -> None:

@@ -44,7 +44,7 @@ import numpy as np
 
 from hwsearch.device.lock import timing_lock
 from hwsearch.device.machine import look
-from hwsearch.device.spec import Device
+from hwsearch.device.spec import FOREIGN, RUNTIMES, Device
 from hwsearch.device.stopwatch import Stopwatch, StopwatchSettings, Timing
 from hwsearch.errors import DeviceJobError, DeviceUnavailableError, HwsearchError
 
@@ -58,8 +58,9 @@ Answer = Callable[..., None]
 
 
 def runtime_of(device: Device) -> ModuleType:
-    """The module ``runtime_<name>``; all of them offer the same names."""
-    return import_module(f"hwsearch.device.runtime_{device.runtime}")
+    """The module ``runtime_<name>``, or somebody else's ``hwsearch_runtime_<name>``; all offer the same names."""
+    own = device.runtime in RUNTIMES
+    return import_module(f"hwsearch.device.runtime_{device.runtime}" if own else f"{FOREIGN}{device.runtime}")
 
 
 class Jobs:

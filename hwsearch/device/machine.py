@@ -1,4 +1,4 @@
-"""What of the machine decides how steadily it can be timed: cores that may be used, turbo, hyper-threading.
+"""The machine: its processor by name and instruction sets, and what decides how steadily it can be timed.
 
 Runs where the device is: standard library only. Whatever the system does not tell is None or "unknown".
 """
@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import math
 import os
+import platform
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 _CPU = Path("/sys/devices/system/cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
+
+#: Instruction sets that a CPU runtime chooses its kernels by.
+_ISA_FLAGS = (
+    "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
+    "neon", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +86,32 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="ascii", errors="replace").strip()
     except OSError:
         return ""
+
+
+def processor() -> tuple[str, frozenset[str]]:
+    """The CPU's name and its feature flags."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine(), frozenset()
+    found = dict(re.findall(r"^(model name|Hardware|CPU part|flags|Features)\s*:\s*(.*)$", text, re.MULTILINE))
+    name = (
+        found.get("model name") or found.get("Hardware") or f"{platform.machine()} {found.get('CPU part', '')}".strip()
+    )
+    return name, frozenset((found.get("flags") or found.get("Features") or "").split())
+
+
+def instruction_sets(flags: frozenset[str]) -> str:
+    """Those of a CPU's flags that kernels are chosen by, as one text; the architecture where none of them is known.
+
+    Example:
+        >>> instruction_sets(frozenset({"avx2", "fpu", "avx"}))
+        'avx avx2'
+    """
+    return " ".join(flag for flag in _ISA_FLAGS if flag in flags) or platform.machine()
+
+
+def governor() -> str:
+    """The frequency governors of all cores, or "unknown" (virtual machines show none)."""
+    found = {_text(path) for path in _CPU.glob("cpu[0-9]*/cpufreq/scaling_governor")} - {""}
+    return "+".join(sorted(found)) or "unknown"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hwsearch.device.machine import governor, instruction_sets, processor
 from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.errors import DeviceJobError, InputError
 
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
 INTERLEAVES = True
 
 _OPTIONS = ("spinning",)
-_ISA_FLAGS = (
-    "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
-    "neon", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve",
-)  # fmt: skip
 _TYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -53,16 +50,16 @@ def probe(device: Device) -> Fingerprint:
     """What this machine is, as far as a latency depends on it."""
     import onnxruntime
 
-    cpu, flags = _cpu()
+    cpu, flags = processor()
     return Fingerprint(
         cpu=cpu,
-        isa=" ".join(flag for flag in _ISA_FLAGS if flag in flags) or platform.machine(),
+        isa=instruction_sets(flags),
         runtime=device.runtime,
         runtime_version=str(onnxruntime.__version__),
         threads=device.threads,
         precision=device.precision,
         system=f"{platform.system()} {platform.machine()}",
-        governor=_governor(),
+        governor=governor(),
     )
 
 
@@ -264,27 +261,3 @@ def _session(network: bytes, options: Any) -> Any:
         return onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise DeviceJobError(one_line(error)) from None
-
-
-def _cpu() -> tuple[str, frozenset[str]]:
-    """The CPU's name and its feature flags."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine(), frozenset()
-    found = dict(re.findall(r"^(model name|Hardware|CPU part|flags|Features)\s*:\s*(.*)$", text, re.MULTILINE))
-    name = (
-        found.get("model name") or found.get("Hardware") or f"{platform.machine()} {found.get('CPU part', '')}".strip()
-    )
-    return name, frozenset((found.get("flags") or found.get("Features") or "").split())
-
-
-def _governor() -> str:
-    """The frequency governors of all cores, or "unknown" (virtual machines show none)."""
-    found = set()
-    for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor"):
-        try:
-            found.add(path.read_text(encoding="ascii").strip())
-        except OSError:
-            continue
-    return "+".join(sorted(found)) or "unknown"

@@ -13,15 +13,20 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from hwsearch.device.ssh_settings import SshSettings
 from hwsearch.errors import InputError, SchemaError
 
-RUNTIMES = ("onnxruntime", "simulated")
+RUNTIMES = ("onnxruntime", "openvino", "simulated")
 TRANSPORTS = ("local", "ssh")
-PRECISIONS = ("float32", "int8")
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+#: These compute a network in the precision that it was exported in.
+_AS_EXPORTED = ("onnxruntime", "simulated")
+#: A runtime that is not hwsearch's own is a module of this name and the runtime's.
+FOREIGN = "hwsearch_runtime_"
 
 Option: TypeAlias = str | int | float
 
@@ -82,10 +87,11 @@ class Device:
 
     Attributes:
         name: the file's name without ``.toml``; also the name of the table's folder.
-        runtime: one of ``RUNTIMES``.
+        runtime: one of ``RUNTIMES``, or ``x`` where a module ``hwsearch_runtime_x`` is installed.
         threads: threads that one inference may use.
         precision: what the weights and activations are; one of ``PRECISIONS``. On an ``int8`` device campaigns time
-            8-bit networks, and candidates of a width search are priced as such.
+            8-bit networks, and candidates of a width search are priced as such; float networks stay files of float32,
+            which a ``float16`` or ``bfloat16`` device rounds as it loads them.
         transport: how the agent is reached; one of ``TRANSPORTS``.
         options: settings of the runtime, by name; each runtime refuses names that it does not know.
         ssh: how a board is reached where ``transport`` is ``"ssh"``, else None.
@@ -109,12 +115,20 @@ class Device:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise InputError(f"device name {self.name!r} is not usable; use letters, digits, '.', '_' and '-'")
         for label, value, known in (
-            ("runtime", self.runtime, RUNTIMES),
             ("precision", self.precision, PRECISIONS),
             ("transport", self.transport, TRANSPORTS),
         ):
             if value not in known:
                 raise InputError(f"device {self.name}: {label} {value!r} is not one of {', '.join(known)}")
+        if self.runtime not in RUNTIMES and not _installed(self.runtime):
+            raise InputError(
+                f"device {self.name}: runtime {self.runtime!r} is not one of {', '.join(RUNTIMES)}, and no module "
+                f"{FOREIGN}{self.runtime} is installed"
+            )
+        if self.runtime in _AS_EXPORTED and self.precision in ("float16", "bfloat16"):
+            raise InputError(
+                f"device {self.name}: {self.runtime} has no precision {self.precision!r}; use float32 or int8"
+            )
         if isinstance(self.threads, bool) or not isinstance(self.threads, int) or not 1 <= self.threads <= 256:
             raise InputError(f"device {self.name}: threads is {self.threads!r}; use a whole number from 1 to 256")
         if (self.transport == "ssh") != (self.ssh is not None):
@@ -212,6 +226,13 @@ class Device:
         return tuple(sorted({path.stem for path in _device_files()}))
 
 
+def _installed(runtime: object) -> bool:
+    """Whether there is a module for a runtime that is not hwsearch's own."""
+    if not isinstance(runtime, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", runtime):
+        return False
+    return find_spec(f"{FOREIGN}{runtime}") is not None
+
+
 def homes() -> tuple[Path, ...]:
     """Folders that may hold ``devices/``, first one first; the first is also where new tables go by default."""
     found = [Path.cwd(), Path(__file__).resolve().parent.parent.parent]
@@ -255,9 +276,9 @@ def _validate(data: dict[str, Any]) -> dict[str, Any]:
 
     class DeviceFile(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)
-        runtime: Literal["onnxruntime", "simulated"]
+        runtime: StrictStr
         threads: int = Field(default=1, ge=1, le=256)
-        precision: Literal["float32", "int8"] = "float32"
+        precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
         transport: Literal["local", "ssh"] = "local"
         host: str = ""
         port: int = Field(default=0, ge=1, le=65535)

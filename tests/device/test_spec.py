@@ -60,7 +60,8 @@ def test_an_unknown_device_lists_the_known_ones() -> None:
         ("", r"mine.toml: runtime: Field required"),
         (
             'runtime = "tensorflow"',
-            r"mine.toml: runtime: Input should be 'onnxruntime' or 'simulated' \(found 'tensorflow'\)",
+            r"mine.toml: device mine: runtime 'tensorflow' is not one of onnxruntime, .*no module "
+            "hwsearch_runtime_tensorflow is installed",
         ),
         ('runtime = "simulated"\nthreads = 0', r"mine.toml: threads: .*greater than or equal to 1 \(found 0\)"),
         ('runtime = "simulated"\nthreads = "two"', r"mine.toml: threads: .*valid integer \(found 'two'\)"),
