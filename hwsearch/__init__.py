@@ -38,6 +38,8 @@ _HOME_OF = {
     "Limit": "hwsearch.search.budget",
     "CafeNet": "hwsearch.search.cafenet",
     "ConetV2": "hwsearch.search.conetv2",
+    "MGAS": "hwsearch.search.mgas",
+    "MgasConfig": "hwsearch.search.mgas_config",
     "PaS": "hwsearch.search.pas",
     "PasConfig": "hwsearch.search.pas_config",
     "RepNAS": "hwsearch.search.repnas",

@@ -57,7 +57,7 @@ SMALLEST: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cells_are_searched_deployed_and_verified(tmp_path: Path) -> None:
     shutil.copytree(Path(__file__).resolve().parent.parent / "devices", tmp_path / "devices")
     (tmp_path / "cells.toml").write_text(CONFIG)

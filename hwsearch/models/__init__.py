@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hwsearch.models.cells import cells_full, cells_small
     from hwsearch.models.detector import detector_small
     from hwsearch.models.loading import load_factory
     from hwsearch.models.mobilenetv2 import mobilenetv2_small
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from hwsearch.models.vgg import vgg11, vgg_small
 
 __all__ = [
+    "cells_full",
+    "cells_small",
     "detector_small",
     "load_factory",
     "mobilenetv2_small",
@@ -37,6 +40,8 @@ __all__ = [
 ]
 
 _FILES = {
+    "cells_full": "cells",
+    "cells_small": "cells",
     "detector_small": "detector",
     "load_factory": "loading",
     "mobilenetv2_small": "mobilenetv2",
