@@ -16,7 +16,7 @@ import typer
 from hwsearch.cli_device import device_app
 from hwsearch.cli_shared import Allow, DeviceName, Input, Json, Model, Unfolded, show_facts, show_result
 from hwsearch.console import Console
-from hwsearch.errors import HwsearchError
+from hwsearch.errors import HwsearchError, InputError
 
 app = typer.Typer(
     help="Finds the fastest accurate network for your device: measured milliseconds, not FLOPs.",
@@ -220,7 +220,9 @@ def search(
     method: Annotated[str, typer.Option(help="The search method.")] = "cafenet",
     model: Annotated[str | None, typer.Option("--model", "-m", help="package.module:factory or timm:name.")] = None,
     input: Input = None,
-    data: Annotated[str, typer.Option(help="fashion-mnist, synthetic, or a folder of IDX files.")] = "fashion-mnist",
+    data: Annotated[
+        str, typer.Option(help="fashion-mnist, synthetic, segmentation, detection, translation, or a folder of files.")
+    ] = "fashion-mnist",
     budget: Annotated[
         list[str] | None,
         typer.Option("--budget", "-b", help="DEVICE:MS, such as x86-ort-1t:3.0; once for each device."),
@@ -243,6 +245,8 @@ def search(
         settings = search_config(
             method=method, model=model, shape=input, data=data, budgets=budget or [], folder=resume
         )
+    if settings.search.budgets is not None:
+        raise InputError("search.budgets asks for a family of networks: use hwsearch run, or give one budget")
     with prepare(settings, Console(json=as_json)) as ready:
         result = run_search(ready)
     rows = [[name, str(width)] for name, width in zip(result.groups, result.choice.widths, strict=True)]
@@ -367,6 +371,9 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: J
     from hwsearch.pipeline import run as run_path
 
     settings = RunConfig.load(config)
+    if settings.search.budgets is not None:
+        _run_family(settings, as_json)
+        return
     outcome = run_path(settings, Console(json=as_json))
     names = (settings.device.name, *(further.name for further in settings.devices))
     verdicts = dict(zip(names, outcome.verdicts, strict=True))
@@ -390,6 +397,34 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: J
     show_result(as_json, facts, show)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
+
+
+def _run_family(settings: Any, as_json: bool) -> None:
+    """A config with several budgets: a network for each."""
+    from hwsearch.comparison import comparison_table
+    from hwsearch.family import run_family
+
+    found = run_family(settings, Console(json=as_json))
+    columns, rows = comparison_table(found.rows, found.metric_name)
+    verdicts = {member.folder.name: member.verdicts[0] for member in found.members}
+
+    def show(console: Console) -> None:
+        console.table(f"{found.folder}", columns, rows)
+        for name, verdict in verdicts.items():
+            console.show(f"verdict of {name}: {verdict.status}")
+            for reason in (*verdict.reasons, *verdict.notes):
+                console.show(f"  {reason}")
+        console.show(f"report: {found.report}")
+
+    facts = {
+        "folder": str(found.folder),
+        "report": str(found.report),
+        "rows": [asdict(row) for row in found.rows],
+        "verdicts": {name: verdict.to_dict() for name, verdict in verdicts.items()},
+    }
+    show_result(as_json, facts, show)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
 
 
 def _argument(model: str, shape: str | None, allow: str | None) -> Any:

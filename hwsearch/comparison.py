@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hwsearch.deploy.verdict import Verdict
     from hwsearch.graph.widths import WidthChoice
     from hwsearch.search.result import SearchResult
+    from hwsearch.train.loop import TrainConfig
 
 SCHEMA, VERSION = "hwsearch.summary", 1
 
@@ -65,8 +66,14 @@ class NetworkRow:
     devices: tuple[DeviceTime, ...] = ()
 
 
-def compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, ...], str]:
-    """Full width, uniform scaling at the same budget and the found network: trained alike, tested, measured."""
+def compare(
+    ready: Prepared, result: SearchResult, tuning: TrainConfig | None = None
+) -> tuple[tuple[NetworkRow, ...], str]:
+    """Full width, uniform scaling at the same budget and the found network: trained alike, tested, measured.
+
+    With ``tuning`` the run's network is trained already: it stands for the full one, and what is scaled of it (the
+    units with the largest weights) is fine-tuned so.
+    """
     from hwsearch.graph.onnx_build import export_onnx
     from hwsearch.reparam.fold import fold
     from hwsearch.search.baselines import uniform
@@ -86,11 +93,14 @@ def compare(ready: Prepared, result: SearchResult) -> tuple[tuple[NetworkRow, ..
         scaled = uniform(ready.space, budget, journal=ready.run.state / "uniform.jsonl", progress=bar)
     choices = {"full": ready.space.full(), "uniform": scaled.candidate.choice, "found": result.choice}
     networks: dict[str, nn.Module] = {}
-    for name in ("full", "uniform"):
+    if tuning is not None:
+        networks["full"] = ready.module
+    for name in ("full", "uniform") if tuning is None else ("uniform",):
         with console.bar(f"training {name}") as bar:
             networks[name], _ = train_choice(
-                ready.module, ready.space, choices[name], task, training, folder=ready.run.state / name, progress=bar
-            )
+                ready.module, ready.space, choices[name], task, tuning or training, scratch=tuning is None,
+                folder=ready.run.state / name, progress=bar,
+            )  # fmt: skip
     assert result.model is not None
     networks["found"] = result.model
     files = {

@@ -11,7 +11,7 @@ no default is written down twice. pydantic checks the file at this border; behin
     factory = "hwsearch.models.resnet:resnet_small"
     input = "1x1x28x28"
     [search]
-    budget = "50%"                       # of the full network's measured ms; or budget_ms = 3.0
+    budget = "50%"                       # of the full network's measured ms; or budget_ms = 3.0; or budgets = [...]
     [[devices]]                          # further devices whose budgets the one network keeps as well
     name = "x86-ort-2t"
     budget = "60%"
@@ -39,6 +39,7 @@ from hwsearch.config_branches import BranchSettings
 from hwsearch.config_cells import CellSettings
 from hwsearch.config_data import DataSettings
 from hwsearch.config_devices import FurtherDevice, allowed_ms, check_budget, check_devices
+from hwsearch.config_family import Budgets, check_budgets, ms_of
 from hwsearch.config_masks import MaskSettings
 from hwsearch.config_messages import explain
 from hwsearch.config_types import (
@@ -174,12 +175,14 @@ class SearchSettings:
 
     With ``method = "conetv2"`` see ``ConetConfig``, with ``"repnas"`` ``[branches]``: its widths are searched as
     CafeNet's are, or without a budget stay as they are. A setting that only another method has is refused.
+    ``budgets``, with ``"pas"``, asks for a network for each of them, from one trained parent.
     """
 
     __pydantic_config__ = _STRICT
     method: Literal["cafenet", "conetv2", "repnas", "pas", "mgas"] = "cafenet"
     budget: Percent | None = None
     budget_ms: Ms | None = None
+    budgets: Budgets | None = None
     quantile: Quantile | None = None
     quantum: Count = 1
     minimum: Width | None = None
@@ -221,7 +224,9 @@ class SearchSettings:
         for name in foreign:
             if getattr(self, name) is not None:
                 raise InputError(f"search.{name} is no setting of the method {self.method}: leave it out")
-        if self.method != "repnas" or self.has_budget:
+        if self.budgets is not None:
+            check_budgets(self.budgets, self.method, alone=self.budget is None and self.budget_ms is None)
+        elif self.method != "repnas" or self.has_budget:
             check_budget("search", self.budget, self.budget_ms)
         if isinstance(self.minimum, float) and self.minimum > 1:
             raise InputError(f"search.minimum is {self.minimum!r}: give whole channels, or a share up to 1.0")
@@ -229,10 +234,12 @@ class SearchSettings:
     @property
     def has_budget(self) -> bool:
         """Whether widths must be found that keep a budget."""
-        return self.budget is not None or self.budget_ms is not None
+        return self.budget is not None or self.budget_ms is not None or self.budgets is not None
 
     def max_ms(self, full_ms: float) -> float:
-        """The budget in milliseconds, of a full network that was measured at ``full_ms``."""
+        """The budget in milliseconds, the smallest of several, of a full network that was measured at ``full_ms``."""
+        if self.budgets is not None:
+            return min(ms_of(budget, full_ms) for budget in self.budgets)
         return allowed_ms(self.budget, self.budget_ms, full_ms)
 
 
@@ -340,6 +347,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_devices(self.device.name, self.devices, has_budget=self.search.has_budget)
+        if self.search.budgets is not None and self.devices:
+            raise InputError("search.budgets are of one device: leave [[devices]] out, or give one budget")
         if self.search.method != "repnas" and self.branches != BranchSettings():
             raise InputError(f'[branches] is for method = "repnas", not {self.search.method}: leave it out')
         if self.search.method != "pas" and self.masks != MaskSettings():
@@ -386,6 +395,8 @@ class RunConfig:
         """What decides the result: all but where files go and how often checkpoints are written."""
         plain = self.to_dict()
         del plain["run"]["folder"], plain["deploy"]
+        # a family goes on where it was with more budgets: each has a run folder of its own
+        plain["search"]["budgets"] = self.search.budgets is not None
         for section in ("supernet", "trial", "train", "masks", "cells"):
             del plain[section]["checkpoint_s"]
         return plain

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hwsearch.config import RunConfig
+from hwsearch.config_data import KINDS
 from hwsearch.errors import InputError
 
 
@@ -31,7 +32,7 @@ def search_config(
         if not value:
             raise InputError(f"search needs {name}, or a config file: see hwsearch search --help")
     (device, max_ms), *further = [_limit(budget) for budget in budgets]
-    known = data in ("fashion-mnist", "synthetic")
+    known = data in KINDS
     path = folder if folder is not None else Path("runs") / f"{method}-{Path(device).stem}"
     return RunConfig.from_dict(
         {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hwsearch.deploy.verdict import Verdict
     from hwsearch.search.result import SearchResult
     from hwsearch.search.searcher import Searcher
+    from hwsearch.train.loop import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,26 @@ class Outcome:
 
 def run(config: RunConfig, console: Console) -> Outcome:
     """The whole path. Raises what its stages raise; a missed budget is in the verdict, not an error."""
+    with prepare(config, console) as ready:
+        return finish(ready)
+
+
+def finish(ready: Prepared, tuning: TrainConfig | None = None) -> Outcome:
+    """All of the path that follows the preparation; ``tuning``: see ``compare``."""
     from hwsearch.report import report
 
-    with prepare(config, console) as ready:
-        result = search(ready)
-        ready = about_found(ready, result)
-        rows, metric_name = compare(ready, result)
-        verdicts = tuple(_deployed(ready, result, at) for at in range(len(ready.targets)))
-        for at, (target, verdict) in enumerate(zip(ready.targets, verdicts, strict=True)):
-            if config.deploy.precision in (None, target.device.precision):  # else the bundle is not what rows compare
-                rows = tuple(with_verdict(row, verdict, at) if row.name == "found" else row for row in rows)
-        write_summary(ready, rows, metric_name, verdicts)
-        _explain(ready, result)
-        page = report(ready.run.path, ready.run.path / "report.html")
-    return Outcome(config.run_folder, rows, metric_name, verdicts, Path(page))
+    result = search(ready)
+    ready = about_found(ready, result)
+    rows, metric_name = compare(ready, result, tuning)
+    verdicts = tuple(_deployed(ready, result, at) for at in range(len(ready.targets)))
+    for at, (target, verdict) in enumerate(zip(ready.targets, verdicts, strict=True)):
+        # of another precision the bundle is not what rows compare
+        if ready.config.deploy.precision in (None, target.device.precision):
+            rows = tuple(with_verdict(row, verdict, at) if row.name == "found" else row for row in rows)
+    write_summary(ready, rows, metric_name, verdicts)
+    _explain(ready, result)
+    page = report(ready.run.path, ready.run.path / "report.html")
+    return Outcome(ready.run.path, rows, metric_name, verdicts, Path(page))
 
 
 def _deployed(ready: Prepared, result: SearchResult, at: int) -> Verdict:
@@ -104,6 +111,7 @@ def search(ready: Prepared) -> SearchResult:
     """The search itself; its result and the found network are in the run folder when it returns."""
     from hwsearch.graph.model_folder import save_model
     from hwsearch.reparam.fold import fold
+    from hwsearch.search.winner import folds_before_slicing
 
     config = ready.config
     wanted = " and ".join(f"{target.limit.max_ms:.4g} ms on {target.device.name}" for target in ready.targets)
@@ -119,7 +127,7 @@ def search(ready: Prepared) -> SearchResult:
     save_model(
         ready.run.model,
         fold(result.model, ready.example, minimal=False) if branched else result.model,
-        folded=branched,
+        folded=branched or folds_before_slicing(ready.module, ready.space),  # masks leave it folded
         factory=factory,
         input_shape=config.model.input_shape,
         factory_kwargs=kwargs,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from hwsearch.device.session import DeviceSession
     from hwsearch.device.spec import Device, Fingerprint
+    from hwsearch.graph.control import GroupRule
     from hwsearch.graph.onnx_build import OnnxTemplate
     from hwsearch.graph.widths import WidthSpace
     from hwsearch.latency.card import ErrorCard
@@ -57,6 +58,7 @@ class Target:
     template: NetworkTemplate
     latency: NetworkLatency
     limit: Limit
+    full_ms: float
 
     def measure(self, onnx: bytes) -> Measurement:
         """A network's milliseconds on the device, by the one code path for measuring."""
@@ -108,10 +110,8 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         NoisyDeviceError: the device check found the machine too busy to be measured.
     """
     from hwsearch.device.spec import Device
-    from hwsearch.graph.control import bounded
     from hwsearch.graph.onnx_build import OnnxTemplate
     from hwsearch.graph.space_table import SpaceTable
-    from hwsearch.graph.widths import WidthSpace
     from hwsearch.reparam.fold import fold
     from hwsearch.search.run_folder import open_run
 
@@ -126,10 +126,7 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
     with open_run(config.run_folder, config.identity()) as run_folder, contextlib.ExitStack() as sessions:
         run_folder.event("run_started", resumed=run_folder.resumed)
         console.step("Extracting the width space")
-        space = WidthSpace.from_model(module, example, quantum=config.search.quantum, minimum=config.search.minimum)
-        if config.groups:
-            space = bounded(space, example, [rule.rule() for rule in config.groups])
-            module = space.model or module  # a maximum makes the network narrower
+        space, module = width_space(config, module, example)
         plain = OnnxTemplate(space, fold(module, example, require=False), example)
         console.say(f"  {len(space.groups)} width groups, 10^{space.log10_size:.1f} networks")
         targets = tuple(_target(config, device, plain, run_folder, sessions, console) for device in devices)
@@ -140,6 +137,35 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         if config.search.method != "mgas":  # which leaves operations out as well, and checks for itself
             ready.budget.check_reachable(space)
         yield ready
+
+
+def width_space(
+    config: RunConfig, module: nn.Module, example: Tensor, more: Sequence[GroupRule] = ()
+) -> tuple[WidthSpace, nn.Module]:
+    """The widths that a config searches, and the network at full width: a maximum makes it narrower.
+
+    Masks learn on a network with its branches but are those of its folded form, in which identities tie no layers.
+
+    Raises:
+        InputError: rules that fit no group, or a maximum where branches are masked.
+    """
+    from hwsearch.graph.control import bounded
+    from hwsearch.graph.foldable import folding_blocks
+    from hwsearch.graph.widths import WidthSpace
+    from hwsearch.reparam.fold import fold
+
+    rules = [*(group.rule() for group in config.groups), *more]
+    masked = config.search.method == "pas" and bool(folding_blocks(module))
+    if masked and any(rule.maximum is not None for rule in rules):
+        raise InputError(
+            "a maximum makes a network of branches narrower only where identities allow it: give the model widths of "
+            "its own in kwargs instead"
+        )
+    source = fold(module, example) if masked else module
+    space = WidthSpace.from_model(source, example, quantum=config.search.quantum, minimum=config.search.minimum)
+    if rules:
+        space = bounded(space, example, rules)
+    return space, module if masked else space.model or module
 
 
 def _target(
@@ -181,7 +207,7 @@ def _target(
     # What a run finds is measured, and the measurement decides: the prediction itself is compared.
     limit = Limit(latency, asked.max_ms(full_ms), asked.quantile or 0.5, device.name)
     console.say(f"  full network {full_ms:.4g} ms measured; budget {limit.max_ms:.4g} ms on {device.name}")
-    return Target(device, session, reference_ms, template, latency, limit)
+    return Target(device, session, reference_ms, template, latency, limit, full_ms)
 
 
 def _check_precision(config: RunConfig, device: Device) -> None:

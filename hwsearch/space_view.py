@@ -36,6 +36,7 @@ def space_of(
     from hwsearch.graph.control import GroupRule, bounded
     from hwsearch.graph.onnx_build import OnnxTemplate
     from hwsearch.graph.widths import WidthSpace
+    from hwsearch.preparation import width_space
     from hwsearch.reparam.fold import fold
 
     if (model is None) == (config is None):
@@ -51,10 +52,9 @@ def space_of(
         argument = load_model_argument(
             settings.model.factory, settings.model.input_shape, settings.model.kwargs, allow_factory=allow_factory
         )
-        quantum, lowest = settings.search.quantum, settings.search.minimum
-        rules = [*(group.rule() for group in settings.groups), *rules]
-    else:
-        argument = load_model_argument(str(model), parse_inputs(shape) if shape else None, allow_factory=allow_factory)
+        space, module = width_space(settings, argument.need_module(), argument.example_input, rules)
+        return space, OnnxTemplate(space, fold(module, argument.example_input, require=False), argument.example_input)
+    argument = load_model_argument(str(model), parse_inputs(shape) if shape else None, allow_factory=allow_factory)
     module, example = argument.need_module(), argument.example_input
     space = WidthSpace.from_model(module, example, quantum=quantum, minimum=lowest)
     if rules:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from garment_files import make_garments
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -149,6 +150,21 @@ def test_branches_of_a_file_become_a_search_of_them() -> None:
         RunConfig.from_dict({**SMALLEST, "branches": {"limit": 0.5}})
     with pytest.raises(InputError, match=r"\[branches\]: there is no branch 'kx': give some of kxk"):
         RunConfig.from_dict({**given, "branches": {"kinds": ["kx"]}}).repnas()
+
+
+def test_data_names_tasks_beyond_classes(tmp_path: Path) -> None:
+    make_garments(tmp_path, train=30, test=30)
+    data = {"kind": "detection", "folder": str(tmp_path), "limit": 20, "valid": 5}
+    config = RunConfig.from_dict({**SMALLEST, "data": data})
+    task, test = config.data.load(config.run.seed)
+    assert (task.metric_name, len(task.train), len(task.valid), len(test)) == ("AP at IoU 0.5", 15, 5, 1000)
+    with pytest.raises(InputError, match=r"data.flip is for classes of whole images, not detection"):
+        RunConfig.from_dict({**SMALLEST, "data": {**data, "flip": True}})
+    with pytest.raises(InputError, match="'segmentation', 'detection', 'translation'"):
+        RunConfig.from_dict({**SMALLEST, "data": {"kind": "depth"}})
+    named = search_config(method="pas", model="hwsearch.models.detector:detector_small", shape="1x1x56x56",
+                          data="detection", budgets=["simulated:0.2"], folder=None)  # fmt: skip
+    assert (named.data.kind, named.data.folder) == ("detection", None)
 
 
 def test_masks_have_a_section_of_their_own() -> None:

@@ -26,6 +26,7 @@ ORDER = [
     "config_messages",
     "config_masks",
     "config_cells",
+    "config_devices",
     "config_branches",
     "config_data",
     "config_family",

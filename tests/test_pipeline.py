@@ -8,9 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from garment_files import make_garments
+
+from hwsearch import family as family_module
+from hwsearch.config import RunConfig
+from hwsearch.console import Console
+from hwsearch.errors import InputError
+from hwsearch.family import run_family
+from hwsearch.graph.model_folder import load_model
+from hwsearch.pipeline import run
+from hwsearch.reparam.fold import fold
 
 CONFIG = """
 [run]
@@ -225,3 +239,188 @@ def test_branches_on_searched_widths_are_folded_deployed_and_verified(unbroken: 
     deployed = json.loads((unbroken / "runs/branches/bundle/manifest.json").read_text())
     assert deployed["macs"] == rows["found"]["macs"]
     assert deployed["parameters"] <= rows["uniform"]["parameters"]
+
+
+# ---- masks: networks of branches, families from one parent, tasks beyond classes ----
+
+MASKS = """
+[run]
+name = "branches"
+[device]
+name = "simulated"
+[profile]
+minutes = 0.12
+[model]
+factory = "hwsearch.models.repvgg:repvgg_small"
+input = "1x1x28x28"
+kwargs = { widths = [16, 24, 32, 32] }
+[data]
+kind = "synthetic"
+limit = 200
+valid = 60
+[search]
+method = "pas"
+budget = "55%"
+quantum = 2
+minimum = 0.25
+[masks]
+steps = 10
+batch_size = 32
+score_images = 60
+calibration_images = 64
+[train]
+steps = 6
+batch_size = 32
+"""
+
+
+def masked(**sections: Any) -> RunConfig:
+    """``MASKS`` with other sections, or with other settings where a section is changed by a mapping."""
+    data = tomllib.loads(MASKS)
+    for section, settings in sections.items():
+        data[section] = {**data.get(section, {}), **settings}
+        data[section] = {name: value for name, value in data[section].items() if value is not None}
+    return RunConfig.from_dict(data)
+
+
+def quiet() -> Console:
+    return Console(json=True)
+
+
+@pytest.fixture
+def home(unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same home, whose table is there, for runs in this process."""
+    monkeypatch.setenv("HWSEARCH_HOME", str(unbroken))
+    monkeypatch.chdir(unbroken)
+    torch.set_num_threads(1)
+    return unbroken
+
+
+@pytest.mark.slow
+def test_a_network_of_branches_is_searched_over_the_widths_of_its_folded_form(home: Path) -> None:
+    outcome = run(masked(), quiet())
+    assert outcome.exit_code == 0
+    result = json.loads((home / "runs/branches/result.json").read_text())
+    widths = dict(zip(result["groups"], result["widths"], strict=True))
+    assert len(widths) == 7, "every block has a width of its own; with identities between them there would be fewer"
+    assert len({width for name, width in widths.items() if name.startswith("stages.1")}) > 1
+    assert result["limits"][0]["measured_ms"] <= result["limits"][0]["max_ms"]
+    rows = {row.name: row for row in outcome.rows}
+    assert list(rows) == ["full", "uniform", "found"]
+    assert len({width for width, name in zip(rows["uniform"].widths, widths, strict=True) if "stages.1" in name}) == 1
+    assert rows["uniform"].measured_ms <= 1.01 * rows["uniform"].budget_ms
+    manifest = json.loads((home / "runs/branches/bundle/manifest.json").read_text())
+    assert manifest["parameters"] == result["parameters"] == rows["found"].parameters
+    found = load_model(home / "runs/branches/model", fold=fold)
+    assert not any(type(module).__name__ in ("ODBB", "BatchNorm2d") for module in found.modules())
+    assert found.get_submodule("stages.1.1.0").weight.shape[0] == widths["stages.1.1.0"]
+    assert found(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.slow
+def test_a_maximum_of_a_network_of_branches_is_refused_in_one_line(home: Path) -> None:
+    data = {**tomllib.loads(MASKS), "groups": [{"pattern": "stages.1.*", "maximum": 0.5}]}
+    data["run"] = {"name": "bounded"}
+    with pytest.raises(InputError, match="widths of its own in kwargs"):
+        run(RunConfig.from_dict(data), quiet())
+
+
+class Killed(Exception):
+    """Stands for a kill behind the parent's training."""
+
+
+@pytest.mark.slow
+def test_a_family_is_one_parent_and_a_network_a_budget_whenever_it_is_stopped(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = masked(run={"name": "family"}, search={"budget": None, "budgets": ["75%", "50%"]})
+    real = family_module.finish
+
+    def mortal(*_: Any) -> Any:
+        raise Killed
+
+    monkeypatch.setattr(family_module, "finish", mortal)
+    with pytest.raises(Killed):
+        run_family(asked, quiet())
+    folder = home / "runs/family"
+    parent = folder / "state/parent/checkpoint.safetensors"
+    before, written = parent.read_bytes(), parent.stat().st_mtime_ns
+    monkeypatch.setattr(family_module, "finish", real)
+    found = run_family(asked, quiet())
+    assert (parent.read_bytes(), parent.stat().st_mtime_ns) == (before, written), "the parent is trained once"
+    assert found.exit_code == 0
+    assert [row.name for row in found.rows] == [
+        "full", "uniform budget-75", "found budget-75", "uniform budget-50", "found budget-50",
+    ]  # fmt: skip
+    full, _, large, _, small = found.rows
+    assert large.budget_ms == pytest.approx(1.5 * small.budget_ms)
+    assert full.measured_ms > large.measured_ms > small.measured_ms
+    assert large.measured_ms <= large.budget_ms
+    assert small.measured_ms <= small.budget_ms
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [(member["folder"], member["status"]) for member in summary["members"]] == [
+        ("budget-75", "pass"), ("budget-50", "pass"),
+    ]  # fmt: skip
+    page = (folder / "report.html").read_text()
+    assert "2 networks of one parent, 2 inside their budgets" in page
+    assert 'href="budget-50/report.html"' in page
+    assert (folder / "budget-50/bundle/model.onnx").is_file()
+    assert not (folder / "budget-50/state/warmup").exists(), "no member trains a parent of its own"
+    assert len({row.metric for row in (*found.members[0].rows[:1], *found.members[1].rows[:1])}) == 1
+
+
+@pytest.mark.long
+def test_a_budget_that_comes_later_leaves_the_others_as_they_are(home: Path) -> None:
+    run_family(masked(run={"name": "grown"}, search={"budget": None, "budgets": ["75%", "50%"]}), quiet())
+    folder = home / "runs/grown"
+    before = {path: path.read_bytes() for path in folder.glob("budget-*/result.json")}
+    assert len(before) == 2
+    more = masked(run={"name": "grown"}, search={"budget": None, "budgets": ["75%", "50%", "90%"]})
+    found = run_family(more, quiet())
+    assert len(found.members) == 3
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_budgets_that_make_no_family_are_refused() -> None:
+    for search, words in (
+        ({"budget": None, "budgets": ["60%"]}, "two or more different budgets"),
+        ({"budget": None, "budgets": ["60%", "60.0 %"]}, "two or more different budgets"),
+        ({"budget": None, "budgets": ["60%", "0%"]}, "above 0%"),
+        ({"budgets": ["60%", "40%"]}, "budgets and a budget"),
+        ({"budget": None, "budgets": ["60%", 1.5], "method": "cafenet"}, 'for method = "pas", not cafenet'),
+        ({"budget": None, "budgets": ["60", 1.5]}, r'such as \["60%", "40%"\]'),
+    ):
+        sections = {"masks": dict.fromkeys(tomllib.loads(MASKS)["masks"])} if "method" in search else {}
+        with pytest.raises(InputError, match=words):
+            masked(search=search, **sections)
+    both = masked(search={"budget": None, "budgets": ["60%", 1.5]})
+    assert both.search.budgets == ("60%", 1.5)
+    assert both.identity() == replace(both, search=replace(both.search, budgets=("60%", 1.5, "20%"))).identity()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "factory", "metric"),
+    [
+        ("translation", "hwsearch.models.translator:translator_small", "PSNR"),
+        ("segmentation", "hwsearch.models.segmenter:segmenter_small", "mIoU"),
+        ("detection", "hwsearch.models.detector:detector_small", "AP at IoU 0.5"),
+    ],
+)  # fmt: skip
+def test_a_config_names_its_task(home: Path, kind: str, factory: str, metric: str) -> None:
+    make_garments(home / "garments")
+    asked = masked(
+        run={"name": kind},
+        model={"factory": factory, "kwargs": {"width": 0.5}},
+        data={"kind": kind, "folder": "garments", "limit": 60, "valid": 20},
+        train={"learning_rate": 0.01},
+    )
+    outcome = run(asked, quiet())
+    assert outcome.exit_code == 0
+    assert outcome.metric_name == metric
+    found = next(row for row in outcome.rows if row.name == "found")
+    assert found.measured_ms <= found.budget_ms
+    summary = json.loads((home / f"runs/{kind}/summary.json").read_text())
+    assert summary["metric_name"] == metric
+    model = load_model(home / f"runs/{kind}/model")
+    assert sum(p.numel() for p in model.parameters()) >= found.parameters

@@ -66,6 +66,10 @@ def _page(folder: Path, table: Path | None) -> Any:
         from hwsearch.report.table_page import table_page
 
         return table_page(folder)
+    if _schema(folder / "summary.json") == "hwsearch.family":
+        from hwsearch.report.family_page import family_page
+
+        return family_page(folder)
     if any((folder / name).exists() for name in ("result.json", "summary.json", "events.jsonl", "config.json")):
         from hwsearch.report.run_data import read_run
         from hwsearch.report.run_page import run_page

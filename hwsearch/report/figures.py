@@ -134,6 +134,19 @@ def candidates(
     return _figure(data, {"title": "predicted ms"}, y, 420, narrow_height=360, **mark)
 
 
+def family(points: Sequence[tuple[str, float, float, str]], metric: str) -> Figure:
+    """Networks of a family, as (full, uniform or found; measured ms; metric; member): a line through each kind."""
+    data = []
+    for name in dict.fromkeys(point[0] for point in points):
+        mine = sorted((ms, value, member) for kind, ms, value, member in points if kind == name)
+        x, y = [ms for ms, _, _ in mine], [value for _, value, _ in mine]
+        colour = colour_of(name) or MUTED
+        trace = _points(label(name), x, y, colour, "%{x:.4g} ms, %{y:.4g} %{text}<extra></extra>", size=11)
+        data.append({**trace, "mode": "lines+markers", "text": [label(member) for _, _, member in mine]})
+    x_axis = {"title": "measured ms", "rangemode": "tozero"}
+    return _figure(data, x_axis, {"title": label(metric)}, 420, narrow_height=360)
+
+
 def widths(found: Row, full: Row | None) -> Figure:
     """Units left in each width group, in front of the full network's."""
     names = list(found.widths)
