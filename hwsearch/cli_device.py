@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,13 +19,22 @@ def device_list(as_json: Json = False) -> None:
 
     devices = [Device.load(name) for name in Device.names()]
     rows = [
-        [d.name, d.runtime, str(d.threads), d.precision, "yes" if (d.table_folder / "manifest.json").exists() else "no"]
+        [
+            d.name,
+            d.ssh.host if d.ssh else "here",
+            d.runtime,
+            str(d.threads),
+            d.precision,
+            "yes" if (d.table_folder / "manifest.json").exists() else "no",
+        ]
         for d in devices
     ]
     show_result(
         as_json,
         [{**d.to_dict(), "profiled": row[-1] == "yes"} for d, row in zip(devices, rows, strict=True)],
-        lambda console: console.table("Devices", ["name", "runtime", "threads", "precision", "profiled"], rows),
+        lambda console: console.table(
+            "Devices", ["name", "where", "runtime", "threads", "precision", "profiled"], rows
+        ),
     )
 
 
@@ -108,16 +117,45 @@ def device_add(
     name: Annotated[str, typer.Argument(help="The new device's name; also the name of its table's folder.")],
     runtime: Annotated[str, typer.Option(help="onnxruntime, openvino or simulated.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="Threads that one inference may use.")] = 1,
+    precision: Annotated[str, typer.Option(help="float32 or int8: what campaigns and searches time.")] = "float32",
+    host: Annotated[str | None, typer.Option(help="A board: user@board, or an alias of ~/.ssh/config.")] = None,
+    port: Annotated[int | None, typer.Option(help="Of the board's SSH server.")] = None,
+    identity: Annotated[str | None, typer.Option(help="A private key on this machine.")] = None,
+    python: Annotated[str | None, typer.Option(help="The board's Python that has numpy and the runtime.")] = None,
+    folder: Annotated[str | None, typer.Option(help="Where the board keeps what is sent to it.")] = None,
+    ssh_option: Annotated[list[str] | None, typer.Option(help="Name=value for ssh -o, such as ProxyJump=gate.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write devices/NAME.toml after probing the device. Example: hwsearch device add my-box --threads 1"""
+    """Write devices/NAME.toml after probing the device, on this machine or on a board.
+
+    Example: hwsearch device add rpi5 --host pi@rpi5 --python "~/venv/bin/python" --threads 4
+    """
     from hwsearch.device.session import open_session
     from hwsearch.device.spec import Device
+    from hwsearch.device.ssh_settings import SshSettings
 
     options = {"spinning": 0} if runtime == "onnxruntime" else {}
-    device = Device(name=name, runtime=runtime, threads=threads, options=options)
-    with open_session(device, message=Console(json=as_json).say) as session:
-        fingerprint = session.fingerprint
+    given = {
+        "host": host, "port": port, "identity": identity, "python": python, "folder": folder,
+        "ssh_options": tuple(ssh_option) if ssh_option else None,
+    }  # fmt: skip
+    way: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    device = Device(
+        name=name,
+        runtime=runtime,
+        threads=threads,
+        precision=precision,
+        transport="ssh" if way else "local",
+        options=options,
+        ssh=SshSettings(**({"host": ""} | way)) if way else None,
+    )
+    talk = Console(json=as_json)
+    with open_session(device, message=talk.say) as session:
+        fingerprint, machine = session.fingerprint, session.machine
+    if machine is not None and threads > machine.usable:
+        talk.say(f"{threads} threads on {machine.usable:g} usable cores wait for each other: ask for fewer")
     path = device.save()
     facts = {"path": str(path), **device.to_dict(), "fingerprint": fingerprint.to_dict()}
+    if machine is not None:
+        facts["machine"] = machine.to_dict()
     show_result(as_json, facts, lambda console: show_facts(console, f"Added {path}", facts))

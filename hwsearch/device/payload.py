@@ -11,10 +11,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import hwsearch
-from hwsearch.errors import InternalError
+from hwsearch.device.spec import FOREIGN
+from hwsearch.errors import InputError, InternalError
 
 _ROOT = Path(hwsearch.__file__).resolve().parent.parent
 
@@ -43,7 +45,8 @@ def payload(runtime: str) -> Payload:
         False
     """
     waiting = ["hwsearch.device.agent", f"hwsearch.device.runtime_{runtime}"]
-    files: dict[str, bytes] = {}
+    files = _foreign(runtime) if _file_of(waiting[1]) is None else {}
+    waiting += [module for text in files.values() for module in _imported(text)]
     while waiting:
         module = waiting.pop()
         path = _file_of(module)
@@ -59,6 +62,17 @@ def payload(runtime: str) -> Payload:
     for name in sorted(files):
         digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
     return Payload(files, f"agent-{digest.hexdigest()[:16]}")
+
+
+def _foreign(runtime: str) -> dict[str, bytes]:
+    """The files of a runtime that is somebody else's module or package."""
+    found = find_spec(f"{FOREIGN}{runtime}")
+    if found is None or found.origin is None:
+        raise InputError(f"there is no runtime {runtime!r}: neither hwsearch's own nor a module {FOREIGN}{runtime}")
+    path = Path(found.origin)
+    if path.name != "__init__.py":
+        return {path.name: path.read_bytes()}
+    return {f.relative_to(path.parent.parent).as_posix(): f.read_bytes() for f in sorted(path.parent.rglob("*.py"))}
 
 
 def _file_of(module: str) -> Path | None:
