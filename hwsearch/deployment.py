@@ -48,7 +48,7 @@ def deploy_model(
     if options.budget_ms is not None:
         checked_ms(options.budget_ms, "--budget-ms")
     precision = options.precision or device.precision
-    if precision not in PRECISIONS:
+    if precision not in (*PRECISIONS, device.precision):
         raise InputError(f"--precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
     eight = precision == "int8"
     for name in ("data", "keep_fp32", "tolerance"):

@@ -1,4 +1,4 @@
-"""Verify a bundle on a board: standard library, numpy and onnxruntime are enough.
+"""Verify a bundle on a board: standard library, numpy and the runtime that it was made for are enough.
 
     python -m hwsearch.deploy.board BUNDLE                 outputs and milliseconds, one JSON object; exit 1 when broken
     python -m hwsearch.deploy.board BUNDLE --no-timing     outputs alone
@@ -26,7 +26,7 @@ _RAW = "this is not the machine that the bundle was made on: its milliseconds ar
 
 
 def verify_here(bundle: Bundle, *, threads: int | None = None, timing: bool = True) -> Verdict:
-    """Judge a bundle on this machine by ONNX Runtime, without a device's file.
+    """Judge a bundle on this machine by the runtime that it was made for, without a device's file.
 
     Args:
         threads: of one inference; those that the bundle was made for by default.
@@ -37,7 +37,7 @@ def verify_here(bundle: Bundle, *, threads: int | None = None, timing: bool = Tr
     made = None if bundle.fingerprint is None else Fingerprint.from_dict(bundle.fingerprint)
     device = Device(
         name=bundle.device,
-        runtime="onnxruntime",
+        runtime="onnxruntime" if made is None or made.runtime == "simulated" else made.runtime,
         threads=threads or (1 if made is None else made.threads),
         precision=bundle.precision,
         home=Path.cwd(),

@@ -234,3 +234,16 @@ def test_a_network_with_a_head_keeps_its_sources(session: DeviceSession) -> None
     graph = Graph(1, 3, 8, 8)
     graph.conv("input", "a", (3, 8))
     assert {"a", "fc"} <= {source for kernel in session.lower([head(graph, "a", 8)])[0] for source in kernel.source}
+
+
+def test_a_bundle_for_a_device_of_fewer_bits_allows_its_rounding(tmp_path: Path) -> None:
+    import torch
+
+    from hwsearch.deploy.bundle import deploy
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU()).eval()
+    half = Device("openvino-bf16", "openvino", precision="bfloat16")
+    bundle = deploy(model, torch.zeros(1, 1, 8, 8), half, tmp_path / "bundle")
+    assert (bundle.precision, bundle.relative_tolerance) == ("bfloat16", 0.05)
+    with pytest.raises(InputError, match="precision is 'bfloat16': give one of float32, int8, or the device's own"):
+        deploy(model, torch.zeros(1, 1, 8, 8), DEVICE, tmp_path / "other", precision="bfloat16")
