@@ -78,7 +78,7 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: list[onnx.TensorProto] = []
         self._written = 0
-        self._relus: dict[str, str] = {}
+        self._known: dict[tuple[object, ...], str] = {}
 
     def node(self, op: str, inputs: Sequence[str], **attributes: object) -> str:
         from onnx import helper
@@ -111,10 +111,14 @@ class _Writer:
         )  # fmt: skip
 
     def relu(self, x: str) -> str:
-        """Once for all that read it, as exporters write it."""
-        if x not in self._relus:
-            self._relus[x] = self.node("Relu", [x])
-        return self._relus[x]
+        return self.once("Relu", x)
+
+    def once(self, op: str, x: str, **attributes: object) -> str:
+        """A node without weights: one for all that read it, as exporters write it."""
+        key = (op, x, repr(attributes))
+        if key not in self._known:
+            self._known[key] = self.node(op, [x], **attributes)
+        return self._known[key]
 
     def pointwise(self, x: str, inside: int, outside: int, stride: int = 1) -> str:
         return self.conv(self.relu(x), (outside, inside, 1, 1), stride)
@@ -127,7 +131,7 @@ class _Writer:
         if name[:3] in ("avg", "max"):
             op, more = ("MaxPool", {}) if name.startswith("max") else ("AveragePool", {"count_include_pad": 0})
             shared = {"kernel_shape": [size] * 2, "pads": [size // 2] * 4, "strides": [stride] * 2}
-            return self.node(op, [x], **shared, **more)
+            return self.once(op, x, **shared, **more)
         spread = 2 if name.startswith("dil") else 1
         sizes = [inside, outside] if name.startswith("dil") else [inside, middle, outside]
         for number, (read, written) in enumerate(pairwise(sizes)):

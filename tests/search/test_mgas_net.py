@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hwsearch.errors import InputError
-from hwsearch.models.cells import OPERATIONS, Blueprint
+from hwsearch.models.cells import OPERATIONS, Blueprint, cells_full
 from hwsearch.search.gates import DiscreteGate
 from hwsearch.search.mgas_net import CellSuperNet
 from hwsearch.search.mgas_physical import physical
@@ -167,3 +167,44 @@ def test_without_filters_only_operations_fall() -> None:
 def test_stages_must_end_with_the_last_cell() -> None:
     with pytest.raises(InputError, match="rising numbers up to 3"):
         CellSuperNet(BLUEPRINT, stages=(1, 2))
+
+
+def kept_bytes(net: CellSuperNet, stage: int, side: int = 28) -> int:
+    """Bytes that a forward pass keeps for the backward one, each tensor once."""
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = net.train()(torch.zeros(8, 1, side, side), stage).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return sum(seen.values())
+
+
+def test_a_search_in_stages_keeps_at_most_six_tenths_of_the_whole_in_memory() -> None:
+    """Stages begin with what the ones before have left: here the strongest two operations of every node."""
+    torch.manual_seed(0)
+    net = CellSuperNet(Blueprint(), stages=(1, 2, 3))
+    whole = kept_bytes(net, 2)
+    largest = 0
+    for stage in range(3):
+        largest = max(largest, kept_bytes(net, stage))
+        for node in range(2):
+            gate = net.operation_gate(stage, node)
+            gate.close(range(2, len(gate)))
+    assert largest <= 0.6 * whole
+
+
+def test_one_step_of_the_full_size_super_network() -> None:
+    blueprint = cells_full().genotype.blueprint
+    torch.manual_seed(0)
+    net = CellSuperNet(blueprint, stages=(3, 6, 8)).train()
+    assert net.genotype().count == 784
+    loss = nn.functional.cross_entropy(net(torch.randn(2, 3, 8, 8)), torch.tensor([1, 2]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.optim.SGD([p for p in net.parameters() if p.grad is not None], 0.1).step()
+    assert torch.isfinite(loss)
+    assert all(net.operation_gate(c, n).score.grad is not None for c in range(8) for n in range(4))
