@@ -39,6 +39,7 @@ class MaskSettings:
     momentum: Below1 | None = None
     jitter: Below1 | None = None
     cost: Literal["ms", "macs", "parameters"] | None = None
+    gate: Literal["binary", "threshold"] | None = None
     pressure: Positive | None = None
     pressure_rate: NotNegative | None = None
     crossing: Share | None = None

@@ -234,9 +234,40 @@ class StageSearch:
 
     # ---- commits and ends of phases ----
 
+    def commit_needed(self, cells: int, target: float) -> tuple[int, int]:
+        """Commit what is off on average, what is furthest below its threshold first, until the first cells are at the
+        target to first order; (operations, filters) that are off from now on.
+
+        Filters of a group fall together, and all that fell between two commits would often be more than was asked for;
+        what is left of them may come back.
+        """
+        known, net = self.worth(cells), self.net
+        offers: list[tuple[float, int, float, list[DiscreteGate], int]] = []
+        for (c, e, name), ms in known.operations.items():
+            node = net.blueprint.edges()[e][1]
+            gate, at = net.operation_gate(c, node), net.of_node[node].index((e, name))
+            offers.append((float(gate.average[at]), len(offers), ms, [gate], at))
+        for tied, each in known.filters.items():
+            gates = [net.filter_gate(name) for name in tied]
+            for at in torch.nonzero(gates[0].alive).flatten().tolist():
+                offers.append((float(gates[0].average[at]), len(offers), each, gates, at))
+        left, fallen = known.ms, [0, 0]
+        for margin, _, ms, gates, at in sorted(offers, key=lambda offer: offer[:2]):
+            if margin > 0 or left <= target:
+                break
+            if all(int(gate.alive.sum()) > gate.least for gate in gates):
+                for gate in gates:
+                    gate.close([at])
+                left -= ms
+                fallen[int(len(gates[0].threshold) == 1)] += 1
+        return fallen[0], fallen[1]
+
     def _commit(self, phase: Phase, number: int) -> None:
         cells, control = self.net.stages[phase.stage], self.stages.control
-        operations, filters = self.net.commit(cells)
+        if self.config.controller == "dual":
+            operations, filters = self.commit_needed(cells, self.target(phase, number - phase.start))
+        else:
+            operations, filters = self.net.commit(cells)
         control[4] += operations
         if self.config.controller == "goldnas":
             self._goldnas(operations)

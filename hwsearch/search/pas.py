@@ -29,6 +29,7 @@ from hwsearch.search.evolution import Candidate
 from hwsearch.search.grid import WidthGrid, row_keys
 from hwsearch.search.pas_config import PasConfig
 from hwsearch.search.pas_cost import BudgetTerm, PolynomialSurrogate
+from hwsearch.search.pas_gates import GatedNet
 from hwsearch.search.pas_masks import START, THRESHOLD, MaskedNet, unmaskable
 from hwsearch.search.result import SearchResult
 from hwsearch.search.searcher import Searcher, full_model, limit_outcomes, plain_settings
@@ -159,7 +160,8 @@ class _Job:
             train(
                 self.full, task, self.config.warmup, folder=run.state / "warmup", progress=titled(progress, "warm-up")
             )
-        self.net = MaskedNet(self.full, space, jitter=self.config.jitter, seed=self.seed)
+        gated = GatedNet if self.config.gate == "threshold" else MaskedNet
+        self.net = gated(self.full, space, jitter=self.config.jitter, seed=self.seed)
         if self.net.has_blocks and self.config.start != "masked":
             raise InputError(
                 f"start is {self.config.start!r} but the network has blocks of branches, which are sliced after their "
@@ -181,7 +183,7 @@ class _Job:
         if config.crossing:
             # Steps of SGD with momentum add up to rate / (1 - momentum) of a steady gradient.
             reach = training.learning_rate * config.mask_rate / (1 - config.mask_momentum) * config.crossing * total
-            most = (START - THRESHOLD) / reach
+            most = (START - THRESHOLD) / (reach * self.net.pace)
         weights: dict[str, Any] = {"pressure": config.pressure, "rate": config.pressure_rate / total, "most": most}
         if self.config.cost == "ms":
             return BudgetTerm.of(self.space, self.budget, aim=self.config.aim, **weights)
@@ -197,6 +199,7 @@ class _Job:
         config = self.config
         identity = {
             "kind": "pas", "space": self.grid.digest, "seed": self.seed, "jitter": config.jitter, "cost": config.cost,
+            **({"gate": config.gate} if config.gate != "binary" else {}),
             "pressure": [config.pressure, config.pressure_rate, config.crossing, config.aim],
             "limits": [[limit.name, limit.max_ms] for limit in self.budget.limits],
         }  # fmt: skip

@@ -12,6 +12,8 @@ from hwsearch.train.loop import TrainConfig
 COSTS = ("ms", "macs", "parameters")
 #: What the winner's weights start from.
 STARTS = ("masked", "scratch", "model")
+#: What switches units on and off: the paper's masks, or scores against learnt thresholds (MGAS).
+GATES = ("binary", "threshold")
 
 
 def _steady() -> TrainConfig:
@@ -35,6 +37,8 @@ class PasConfig:
         jitter: latents begin at 1 plus or minus up to this, so that equal ones do not fall all at once.
         cost: what the loss counts: ``ms`` of every limit of the budget; or, for comparison, ``macs`` (the paper) or
             ``parameters``, as many as uniform scaling has inside the budget.
+        gate: ``binary`` masks, or ``threshold``: a sigmoid score against its group's learnt threshold, as MGAS gates
+            filters.
         pressure: first weight of the budget's squared relative error, beside the task's own loss.
         pressure_rate: how far that weight follows the budget: missed by all of it during a whole search, the weight is
             multiplied by e to this power; 0: it stays (the paper).
@@ -58,6 +62,7 @@ class PasConfig:
     mask_momentum: float = 0.9
     jitter: float = 0.05
     cost: str = "ms"
+    gate: str = "binary"
     pressure: float = 1.0
     pressure_rate: float = 10.0
     crossing: float = 0.3
@@ -77,7 +82,7 @@ class PasConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; give {low} or more")
         if self.score_images is not None and self.score_images < 2:
             raise InputError(f"score_images is {self.score_images}; give 2 or more, or leave it out for all")
-        for name, allowed in (("cost", COSTS), ("start", STARTS)):
+        for name, allowed in (("cost", COSTS), ("start", STARTS), ("gate", GATES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(allowed)}")
         for name in ("mask_rate", "pressure"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -102,6 +102,9 @@ class MaskedNet(nn.Module):
         (32, 64)
     """
 
+    #: How fast a unit's margin falls under a push of 1 at a rate of 1.
+    pace: ClassVar[float] = 1.0
+
     def __init__(self, model: nn.Module, space: WidthSpace, *, jitter: float = 0.0, seed: int = 0) -> None:
         super().__init__()
         self.space = space
@@ -153,6 +156,10 @@ class MaskedNet(nn.Module):
         """One mask (units,) per group, with the gradient of its latent weights."""
         return [binary_mask(latent, least) for latent, least in zip(self.latents, self.least, strict=True)]
 
+    def margins(self) -> list[Tensor]:
+        """How far every unit (units,) stands above what switches it off."""
+        return [latent - THRESHOLD for latent in self.latents]
+
     def widths(self) -> tuple[int, ...]:
         """How many units of each group are on: any number from the group's smallest width up, allowed or not."""
         return tuple(int(mask.detach().sum()) for mask in self.masks())
@@ -174,11 +181,10 @@ class MaskedNet(nn.Module):
         summed over the group's mean. 0 where the masks are the choice."""
         total = 0.0
         kept = self.largest(choice)
-        for group, latent, mask in zip(self.space.groups, self.latents, self.masks(), strict=True):
+        for group, margin, mask in zip(self.space.groups, self.margins(), self.masks(), strict=True):
             wanted = torch.zeros(group.units, dtype=torch.bool)
             wanted[torch.from_numpy(kept[group.name])] = True
-            value = latent.detach().cpu()
-            away = (value - THRESHOLD).abs()
+            away = margin.detach().cpu().abs()
             switched = wanted != mask.detach().cpu().bool()
             total += float(away[switched].sum() / max(float(away.mean()), 1e-12)) / group.units
         return total

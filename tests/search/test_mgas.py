@@ -240,6 +240,24 @@ def test_cutting_to_a_target_takes_the_weakest_units_for_their_milliseconds() ->
     assert all(width >= 2 for width in net.widths(net.genotype()).values())
 
 
+def test_a_commit_takes_what_fell_furthest_and_no_more_than_the_target_needs() -> None:
+    search = searching()
+    net, before = search.net, search.worth(2).ms
+    for gate in net.operation_gates.values():
+        gate.average.fill_(-0.1)  # type: ignore[union-attr,operator]
+    for gate in net.filter_gates.values():
+        gate.average.fill_(0.3)  # type: ignore[union-attr,operator]
+    weakest = net.of_node[1].index((2, "sep3"))
+    net.operation_gate(0, 1).average[weakest] = -0.4
+    assert search.commit_needed(2, before - 0.05) == (1, 0)
+    assert "sep3" not in net.genotype().kept[0][2]
+    assert search.commit_needed(2, search.worth(2).ms) == (0, 0)
+    operations, filters = search.commit_needed(2, 0.0)
+    assert operations > 10
+    assert filters == 0, "no filter's average is below 0"
+    assert net.genotype().count == 4
+
+
 def test_exactly_the_number_asked_for_is_regrown_in_the_stages_so_far() -> None:
     search = searching()
     net = search.net
