@@ -115,7 +115,7 @@ def device_revalidate(
 @device_app.command("add")
 def device_add(
     name: Annotated[str, typer.Argument(help="The new device's name; also the name of its table's folder.")],
-    runtime: Annotated[str, typer.Option(help="onnxruntime, openvino or simulated.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt or simulated.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="Threads that one inference may use.")] = 1,
     precision: Annotated[str, typer.Option(help="float32 or int8: what campaigns and searches time.")] = "float32",
     host: Annotated[str | None, typer.Option(help="A board: user@board, or an alias of ~/.ssh/config.")] = None,

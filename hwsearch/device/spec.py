@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from hwsearch.device.ssh_settings import SshSettings
 from hwsearch.errors import InputError, SchemaError
 
-RUNTIMES = ("onnxruntime", "openvino", "simulated")
+RUNTIMES = ("onnxruntime", "openvino", "simulated", "tensorrt")
 TRANSPORTS = ("local", "ssh")
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 #: These compute a network in the precision that it was exported in.

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 
 import pytest
 
-from hwsearch.device import runtime_simulated
+from hwsearch.device import runtime_simulated, runtime_tensorrt
 from hwsearch.device.spec import Device
-from hwsearch.errors import CheckFailedError
+from hwsearch.errors import CheckFailedError, DeviceJobError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.testing import RUNTIME_CHECKS, check_runtime
 
@@ -17,13 +17,19 @@ DEVICES = [
     Device("simulated", "simulated"),
     Device("ort", "onnxruntime"),
     Device("openvino", "openvino"),
+    Device("tensorrt", "tensorrt"),
 ]
 
 
 @pytest.mark.parametrize("check", RUNTIME_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.runtime)
 def test_a_runtime_keeps_its_promises(device: Device, check: Callable[[Device], None]) -> None:
-    if find_spec(device.runtime) is None and device.runtime != "simulated":
+    if device.runtime == "tensorrt":
+        try:
+            runtime_tensorrt.facts_of(device)
+        except DeviceJobError as error:
+            pytest.skip(str(error))
+    elif find_spec(device.runtime) is None and device.runtime != "simulated":
         pytest.skip(f"{device.runtime} is not installed")
     check(device)
 
