@@ -82,7 +82,7 @@ def compare(
 
     config, console = ready.config, ready.console
     task, test = config.data.load(config.run.seed)
-    training = config.train.config(config.run)
+    training = config.mgas().winner if config.search.method == "mgas" else config.train.config(config.run)
     console.step("Comparing with the full network and with uniform scaling at the same budget")
     budget = ready.budget
     if config.search.floor is not None and result.measured_ms is not None:

@@ -257,6 +257,7 @@ class TrainSettings:
     momentum: Below1 | None = None
     nesterov: Switch | None = None
     weight_decay: NotNegative | None = None
+    clip: Positive | None = None
     precision: Literal["float32", "bfloat16"] | None = None
     channels_last: Switch | None = None
     checkpoint_s: NotNegative | None = None

@@ -126,7 +126,7 @@ def ready(device_name: str) -> Ready:
 
 def training(seed: int) -> TrainConfig:
     """How one network is trained alone."""
-    return TrainConfig(epochs=EPOCHS, batch_size=BATCH, seed=seed, checkpoint_s=15)
+    return replace(MgasConfig().winner, epochs=EPOCHS, batch_size=BATCH, seed=seed, checkpoint_s=15)
 
 
 def mgas_config(seed: int, **changes: Any) -> MgasConfig:

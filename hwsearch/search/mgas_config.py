@@ -16,6 +16,11 @@ def _steady() -> TrainConfig:
     return TrainConfig(learning_rate=0.05, final_rate=0.05, warmup=0.0, weight_decay=3e-4, nesterov=False)
 
 
+def _from_scratch() -> TrainConfig:
+    # sums of many operations are not normalised: without a clip they diverge at rates that other networks take
+    return TrainConfig(learning_rate=0.05, weight_decay=3e-4, clip=5.0)
+
+
 @dataclass(frozen=True)
 class MgasConfig:
     """Everything that MGAS can be told; ``MgasConfig.published()`` is what its code does.
@@ -74,7 +79,7 @@ class MgasConfig:
     candidates: int = 8
     measured: int = 2
     rounds: int = 6
-    winner: TrainConfig = field(default_factory=TrainConfig)
+    winner: TrainConfig = field(default_factory=_from_scratch)
 
     def __post_init__(self) -> None:
         for name in ("stages", "quantum", "least", "prune_goal", "candidates", "measured", "rounds"):
@@ -112,7 +117,9 @@ class MgasConfig:
         settings: dict[str, Any] = {
             "training": training, "warmup_epochs": 5.0, "stage_epochs": 20.0, "final_epochs": 20.0, "prune_every": 2.0,
             "stage_share": 0.3, "controller": "goldnas", "rho": 1.0, "mu": 0.0, "threshold_weight": 1.0, "quantum": 2,
-            "winner": TrainConfig(epochs=600, batch_size=96, learning_rate=0.025, weight_decay=3e-4, nesterov=False),
+            "winner": TrainConfig(
+                epochs=600, batch_size=96, learning_rate=0.025, weight_decay=3e-4, nesterov=False, clip=5.0
+            ),
         }  # fmt: skip
         return cls(**{**settings, **changes})
 

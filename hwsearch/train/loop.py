@@ -49,6 +49,7 @@ class TrainConfig:
         epochs: passes over the training examples (may be a fraction); ``steps`` overrides it.
         learning_rate: peak, reached after ``warmup`` (a share of all steps), then a cosine down to ``final_rate``.
         weight_decay: on weights of two and more dimensions, never on biases and normalisation.
+        clip: the gradient is shortened to this norm where it is longer; None: it is taken as it is.
         precision: ``float32``, or ``bfloat16`` autocast where the CPU has instructions for it.
         channels_last: memory layout; many times faster for depth-wise layers on CPUs.
         threads: torch threads; pinned, because they change the bits of sums.
@@ -64,6 +65,7 @@ class TrainConfig:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 1e-4
+    clip: float | None = None
     precision: str = "float32"
     channels_last: bool = True
     threads: int = 1
@@ -80,6 +82,8 @@ class TrainConfig:
         for name in ("final_rate", "momentum", "weight_decay", "checkpoint_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise InputError(f"clip is {self.clip}; give a norm above 0, or leave it out")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps is {self.steps}; give 1 or more")
         if not 0 <= self.warmup < 1:
@@ -329,7 +333,10 @@ def _one_step(
         group["lr"] = rate * group.get("factor", 1.0)
     optimiser.zero_grad(set_to_none=True)
     loss = processes.mean(float(run(step, batch)))
-    processes.average_gradients([p for group in optimiser.param_groups for p in group["params"]])
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    processes.average_gradients(parameters)
+    if config.clip is not None:
+        nn.utils.clip_grad_norm_(parameters, config.clip, foreach=False)
     if not np.isfinite(loss):
         rate = config.learning_rate
         raise DivergedError(f"the loss is {loss} at step {step} of {total}; lower learning_rate ({rate})")

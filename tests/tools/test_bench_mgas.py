@@ -74,7 +74,9 @@ def test_every_network_is_a_line_and_the_table_tells_them(
     monkeypatch.setattr(tool, "INPUT", (1, 1, 8, 8))
     monkeypatch.setattr(tool, "BATCH", 32)
     # seconds each; a sum of weights tells networks apart as well
-    monkeypatch.setattr(tool, "export_onnx", lambda net, _: str(sum(float(p.sum()) for p in net.parameters())).encode())
+    monkeypatch.setattr(
+        tool, "export_onnx", lambda net, _: str(sum(p.detach().sum().item() for p in net.parameters())).encode()
+    )
     base = tool.MgasConfig
     short = {"stages": 2, "warmup_epochs": 0.5, "stage_epochs": 0.5, "final_epochs": 0.5, "quantum": 2, "least": 2}
     monkeypatch.setattr(tool, "MgasConfig", lambda **changes: base(**{**short, **changes}))

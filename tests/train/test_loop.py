@@ -206,6 +206,24 @@ def test_biases_and_norms_do_not_decay() -> None:
         assert torch.equal(value, start[name]) == (value.dim() == 1), name
 
 
+def test_a_long_gradient_is_shortened_to_the_clip_and_a_short_one_is_not() -> None:
+    for length, moved in ((8.0, 2.0), (1.0, 1.0)):
+        model = nn.Linear(4, 1, bias=False)
+        start, pull = model.weight.detach().clone(), torch.full((1, 4), length / 2)
+
+        def step(number: int, batch: tuple[torch.Tensor, ...], model: nn.Linear = model, pull: torch.Tensor = pull):  # type: ignore[no-untyped-def]
+            loss = (model.weight * pull).sum()
+            loss.backward()
+            return loss.detach()
+
+        config = TrainConfig(
+            steps=1, batch_size=16, learning_rate=1.0, warmup=0.0, momentum=0.0, nesterov=False, weight_decay=0.0,
+            clip=2.0,
+        )  # fmt: skip
+        run_steps(model, small_task().train, config, step, identity={})
+        assert torch.linalg.norm(model.weight - start).item() == pytest.approx(moved, rel=1e-5)
+
+
 def test_the_rate_warms_up_and_then_follows_a_cosine() -> None:
     config = TrainConfig(learning_rate=0.4, final_rate=0.0, warmup=0.1)
     rates = [config.rate(step, 100) for step in range(100)]
@@ -228,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("batch_size", 0), ("threads", 0), ("seed", -1), ("learning_rate", float("nan")), ("epochs", 0.0), ("steps", 0),
-     ("momentum", -0.1), ("warmup", 1.0), ("precision", "float16"), ("weight_decay", float("inf"))],
+     ("momentum", -0.1), ("warmup", 1.0), ("precision", "float16"), ("weight_decay", float("inf")), ("clip", 0.0)],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(InputError, match=field):
