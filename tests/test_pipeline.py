@@ -22,9 +22,11 @@ from hwsearch.config import RunConfig
 from hwsearch.console import Console
 from hwsearch.errors import InputError
 from hwsearch.family import run_family
+from hwsearch.graph.control import GroupRule
 from hwsearch.graph.model_folder import load_model
+from hwsearch.models.repvgg import repvgg_small
 from hwsearch.pipeline import run
-from hwsearch.preparation import predictor_of
+from hwsearch.preparation import predictor_of, width_space
 from hwsearch.reparam.fold import fold
 
 CONFIG = """
@@ -261,11 +263,13 @@ limit = 200
 valid = 60
 [search]
 method = "pas"
-budget = "55%"
+budget = "45%"
 quantum = 2
 minimum = 0.25
 [masks]
-steps = 10
+steps = 12
+rate = 20.0
+jitter = 0.3
 batch_size = 32
 score_images = 60
 calibration_images = 64
@@ -304,23 +308,41 @@ def home(unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_a_network_of_branches_is_searched_over_the_widths_of_its_folded_form(home: Path) -> None:
-    outcome = run(masked(), quiet())
+    data = {**tomllib.loads(MASKS), "groups": [{"pattern": "stages.1.1.0", "freeze": True}]}
+    outcome = run(RunConfig.from_dict(data), quiet())
     assert outcome.exit_code == 0
     result = json.loads((home / "runs/branches/result.json").read_text())
     widths = dict(zip(result["groups"], result["widths"], strict=True))
-    assert len(widths) == 7, "every block has a width of its own; with identities between them there would be fewer"
-    assert len({width for name, width in widths.items() if name.startswith("stages.1")}) > 1
+    assert len(widths) == 6, "of seven blocks one is frozen; with identities between them whole stages would be"
     assert result["limits"][0]["measured_ms"] <= result["limits"][0]["max_ms"]
     rows = {row.name: row for row in outcome.rows}
     assert list(rows) == ["full", "uniform", "found"]
-    assert len({width for width, name in zip(rows["uniform"].widths, widths, strict=True) if "stages.1" in name}) == 1
     assert rows["uniform"].measured_ms <= 1.01 * rows["uniform"].budget_ms
     manifest = json.loads((home / "runs/branches/bundle/manifest.json").read_text())
     assert manifest["parameters"] == result["parameters"] == rows["found"].parameters
     found = load_model(home / "runs/branches/model", fold=fold)
     assert not any(type(module).__name__ in ("ODBB", "BatchNorm2d") for module in found.modules())
-    assert found.get_submodule("stages.1.1.0").weight.shape[0] == widths["stages.1.1.0"]
+    kept = {
+        name: found.get_submodule(name).weight.shape[0] for name in ("stages.1.0.0", "stages.1.1.0", "stages.1.2.0")
+    }
+    assert kept == {**{name: widths.get(name) for name in kept}, "stages.1.1.0": 32}
+    assert min(kept.values()) < 32, "layers of one stage differ in width"
     assert found(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_the_groups_of_a_config_are_those_that_its_method_searches() -> None:
+    model, example = repvgg_small(widths=(4, 6, 6, 6)).eval(), torch.zeros(1, 1, 8, 8)
+    for search, names, same in (
+        ({}, ["stem.0", *(f"stages.{s}.{b}.0" for s, b in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)))], True),
+        ({"method": "cafenet"}, ["stem.0", "stages.0.0.0", "stages.1.0.0"], False),
+    ):
+        sections = {"masks": dict.fromkeys(tomllib.loads(MASKS)["masks"])} if search else {}
+        space, full = width_space(masked(search=search, **sections), model, example)
+        assert [group.name for group in space.groups] == names
+        assert full is model
+        assert (space.model is not model) == same
+        frozen = [GroupRule("stem.*", freeze=True)]
+        assert len(width_space(masked(search=search, **sections), model, example, frozen)[0].groups) == len(names) - 1
 
 
 @pytest.mark.slow
