@@ -358,7 +358,7 @@ def memory(at: Ready, rows: Rows, device_name: str) -> None:
             rows.add(key, note=json.dumps({**phase, "resident_mb": told["resident_mb"]}))
 
 
-def memory_of(at: Ready, stages: int, steps: int = 40) -> dict[str, Any]:
+def memory_of(at: Ready, stages: int, steps: int = 20) -> dict[str, Any]:
     """Bytes and seconds of the steps of every phase of a search at the first budget, its epochs cut to some steps."""
     task, _ = at.task(0)
     config = mgas_config(0, stages=stages)

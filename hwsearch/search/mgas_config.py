@@ -60,7 +60,7 @@ class MgasConfig:
     final_epochs: float = 4.0
     prune_every: float = 1.0
     stage_share: float | None = None
-    slack: float = 1.1
+    slack: float = 1.0
     regrow: float = 0.2
     filters: bool = True
     quantum: int = 4
