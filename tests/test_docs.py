@@ -16,7 +16,13 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("
 # The documents show what a user types; here the same lines run with less work: a campaign of seconds, on the simulated
 # device. The quickstart has a test of its own, as --quick; tools/test is what runs this file.
 EXEMPT = ("./tools/", "tools/", "git ", ".venv/bin/python -m pytest", "source ")
-CHEAPER = ((r"--minutes [\d.]+", "--minutes 0.1"), (r"\bx86-ort-[12]t\b", "simulated"))
+CHEAPER = (
+    (r"--minutes [\d.]+", "--minutes 0.1"),
+    (r"\bx86-ort-[12]t\b", "simulated"),
+    # a device that a document adds, also a board, is a simulated one here; tests/test_board_verbs.py has a real board
+    (r" --host \S+( --python \S+)?", ""),
+    (r"\bdevice add (\S+)(?!.*--runtime)", r"device add \1 --runtime simulated"),
+)
 
 
 def commands(path: Path) -> list[str]:
