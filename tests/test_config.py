@@ -16,6 +16,7 @@ from hwsearch.config import RunConfig
 from hwsearch.config_options import search_config
 from hwsearch.errors import InputError
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALLEST: dict[str, Any] = {
     "device": {"name": "simulated"},
     "model": {"factory": "hwsearch.models.vgg:vgg_small", "input": "1x1x28x28"},
@@ -150,6 +151,14 @@ def test_branches_of_a_file_become_a_search_of_them() -> None:
         RunConfig.from_dict({**SMALLEST, "branches": {"limit": 0.5}})
     with pytest.raises(InputError, match=r"\[branches\]: there is no branch 'kx': give some of kxk"):
         RunConfig.from_dict({**given, "branches": {"kinds": ["kx"]}}).repnas()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
+def test_every_example_is_a_config(path: Path) -> None:
+    config = RunConfig.load(path)
+    if config.search.budgets is not None:
+        assert config.search.max_ms(full_ms=1.0) == pytest.approx(0.28)
+        assert config.pas().warmup == config.training()
 
 
 def test_data_names_tasks_beyond_classes(tmp_path: Path) -> None:
