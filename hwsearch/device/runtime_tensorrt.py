@@ -28,16 +28,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwsearch.device.spec import Device, Fingerprint
-from hwsearch.device.tensorrt_engine import (
-    EngineFacts,
-    build_engine,
-    flavour_of,
-    load,
-    pack_engine,
-    typed,
-    unpack_engine,
-)
+from hwsearch.device.tensorrt_engine import EngineFacts, build_engine, flavour_of, load, pack_engine, unpack_engine
 from hwsearch.device.tensorrt_kernels import kernels_of, read_graph, shares_of, write_graph
+from hwsearch.device.tensorrt_precision import typed
 from hwsearch.errors import DeviceJobError
 
 if TYPE_CHECKING:

@@ -89,7 +89,7 @@ def build_engine(
 
     Args:
         device: says flavour, precision, workspace and DLA.
-        network: ONNX; its precision is kept (see :func:`typed`).
+        network: ONNX; its precision is kept (``tensorrt_precision`` writes a device's into it).
         capabilities: compute capabilities to build for (``sm_86``), with TensorRT for RTX; none is the GPU at hand.
         timing_cache: of earlier builds: the same kernels are chosen again, and faster.
 
@@ -126,30 +126,6 @@ def build_engine(
         raise DeviceJobError(_one_line(logger.lines) or "TensorRT does not build the network")
     grown = None if cache_object is None else bytes(config.get_timing_cache().serialize())
     return bytes(engine), grown
-
-
-def typed(network: bytes, precision: str) -> bytes:
-    """A float32 ONNX network in the precision of a device: the graph itself says it.
-
-    Inputs and outputs stay float32, so that they can be compared. 8-bit networks are left as they are.
-
-    Raises:
-        InputError: TensorRT is not given that precision here.
-    """
-    if precision in ("float32", "int8"):
-        return network
-    if precision != "float16":
-        raise InputError(f"precision {precision!r} is not made for TensorRT; use float32, float16 or int8")
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    try:
-        model = onnx.load_from_string(network)
-        return bytes(convert_float_to_float16(model, keep_io_types=True).SerializeToString())
-    except Exception as error:
-        raise DeviceJobError(
-            f"the network cannot be written in float16: {' '.join(str(error).split())[:200]}"
-        ) from None
 
 
 def pack_engine(engine: bytes, facts: EngineFacts) -> bytes:

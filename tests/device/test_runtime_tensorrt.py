@@ -19,15 +19,9 @@ import pytest
 from hwsearch.device import runtime_tensorrt
 from hwsearch.device.onnx_kernels import Reader
 from hwsearch.device.spec import Device
-from hwsearch.device.tensorrt_engine import (
-    EngineFacts,
-    build_engine,
-    flavour_of,
-    pack_engine,
-    typed,
-    unpack_engine,
-)
+from hwsearch.device.tensorrt_engine import EngineFacts, build_engine, flavour_of, pack_engine, unpack_engine
 from hwsearch.device.tensorrt_kernels import kernels_by_layer, read_graph, shares_of, write_graph
+from hwsearch.device.tensorrt_precision import typed
 from hwsearch.errors import DeviceJobError, InputError
 from hwsearch.graph.kernel import Kernel
 
@@ -147,7 +141,7 @@ def test_an_engine_is_refused_by_another_version_or_gpu() -> None:
 
 def test_precision_is_written_into_the_graph() -> None:
     network = residual(16)
-    assert typed(network, "float32") == typed(network, "int8") == network
+    assert typed(network, "float32") == network
     half = onnx.load_from_string(typed(network, "float16"))
     kinds = {tensor.data_type for tensor in half.graph.initializer}
     assert kinds == {onnx.TensorProto.FLOAT16}
@@ -155,6 +149,28 @@ def test_precision_is_written_into_the_graph() -> None:
     assert {node.name for node in onnx.load_from_string(network).graph.node} <= {node.name for node in half.graph.node}
     with pytest.raises(InputError, match="bfloat16"):
         typed(network, "bfloat16")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_eight_bits_become_signed_and_stay_near(seed: int) -> None:
+    from hwsearch.device import runtime_onnxruntime
+    from hwsearch.latency.random_quantised import random_family, random_network
+
+    rng = np.random.default_rng(seed)
+    network = random_network(random_family(rng), rng)
+    signed = typed(network, "int8")
+    model = onnx.load_from_string(signed)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert pairs
+    assert {kinds[node.input[2]] for node in pairs} == {onnx.TensorProto.INT8}
+    assert onnx.TensorProto.INT32 not in kinds.values()
+    shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    values = {"input": rng.standard_normal(shape).astype(np.float32)}
+    ort = Device("ort", "onnxruntime")
+    before, after = (runtime_onnxruntime.run(ort, data, values)["output"] for data in (network, signed))
+    noise = float(((before - after) ** 2).mean() / (before**2).mean())
+    assert noise < 0.1
 
 
 def test_wrong_options_and_a_machine_without_it_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,11 +219,15 @@ def test_the_reference_networks_build_for_three_gpus_without_one(name: str) -> N
 
 @needs_rtx
 def test_what_campaigns_draw_builds_too() -> None:
+    from hwsearch.latency import random_quantised
     from hwsearch.latency.random_networks import random_family, random_network
 
-    for number in range(6):
+    for number in range(4):
         rng = np.random.default_rng(number)
         build_engine(RTX, random_network(random_family(rng), rng), capabilities=BUILT_FOR)
+        rng = np.random.default_rng(number)
+        eight = random_quantised.random_network(random_quantised.random_family(rng), rng)
+        build_engine(RTX, typed(eight, "int8"), capabilities=BUILT_FOR)
 
 
 @needs_rtx
