@@ -48,6 +48,9 @@ class CellSettings:
     controller: Literal["dual", "goldnas"] | None = None
     rate: NotNegative | None = None
     prune_goal: Count | None = None
+    rho: NotNegative | None = None
+    mu: NotNegative | None = None
+    threshold_weight: NotNegative | None = None
     aim: Share | None = None
     candidates: Count | None = None
     published: Switch = False

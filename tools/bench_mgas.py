@@ -11,7 +11,8 @@ The super-network is ``cells_small`` (three cells of two nodes, four operations,
 are shares of its predicted milliseconds with everything kept. All networks that are compared are trained from scratch
 alike.
 
-* ``MGAS``; without filters, without regrowing, in one stage (for as many epochs in all).
+* ``MGAS``; without filters, without regrowing, in one stage (for as many epochs in all); ``sparse``: an operation has
+  a price beside its milliseconds, so that skips are not free.
 * ``random``: random cells, uniformly narrowed until they keep the budget; as good as the mean of several.
 * ``single path``: the super-network trained like MGAS's but without a price, then the two strongest edges of every node
   with the strongest operation of each (as DARTS does), uniformly narrowed until the budget is kept.
@@ -79,6 +80,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "MGAS, no filters": {"filters": False},
     "MGAS, no regrowing": {"regrow": 0.0},
     "MGAS, one stage": {"stages": 1},
+    "MGAS, sparse": {"rho": 0.02},
 }
 
 
