@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device
-from hwsearch.errors import HwsearchError
+from hwsearch.errors import HwsearchError, InfeasibleBudgetError
 from hwsearch.graph.onnx_build import export_onnx
 from hwsearch.graph.widths import WidthSpace
 from hwsearch.latency.measure import measure_many
@@ -284,6 +284,11 @@ def mobilenet(at: Ready, rows: Rows, method: str, share: float, seed: int) -> No
         training=TrainConfig(steps=1200, batch_size=BATCH, seed=seed, checkpoint_s=15), winner=training(seed),
         evolution=EvolutionSettings(population=20, generations=50, evaluations=200), scoring=ScoringConfig(images=1000),
     )  # fmt: skip
+    try:
+        budget.check_reachable(space)
+    except InfeasibleBudgetError as error:
+        print(f"MobileNetV2 is left out at {share}: {error}", file=sys.stderr)
+        return
     folder = rows.path.parent / "mgas" / f"mobilenet-{share}-{seed}"
     found = CafeNet(space, budget, config, model=model, seed=seed, folder=folder).search(task, None)
     assert found.model is not None
