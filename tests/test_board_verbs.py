@@ -46,7 +46,7 @@ def answer(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_verbs_of_a_device(added: dict[str, Any], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert added["host"] == "127.0.0.1"
     assert added["fingerprint"]["runtime"] == "simulated"

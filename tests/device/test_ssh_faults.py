@@ -162,6 +162,26 @@ def test_a_network_that_crashes_the_runtime_costs_itself(board: Board) -> None:
     assert errors == {"bad": "network 'bad': the agent was killed by SIGKILL"}
 
 
+def test_an_agent_that_hangs_is_ended_there_too(board: Board) -> None:
+    """It would go on holding the board's timing lock."""
+    pids: list[int] = []
+
+    def freeze(session: DeviceSession) -> None:
+        assert session.agent_pid is not None
+        pids.append(session.agent_pid)
+        os.kill(pids[0], signal.SIGSTOP)  # it does not even notice that its host has left
+
+    watched = Watched(board.device(), 2, freeze)
+    with watched.session:
+        watched.session._timeout_s = 8.0
+        timings, errors = watched.timings()
+        status = Path(f"/proc/{pids[0]}/stat")
+        assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert len(timings) >= 7
+    assert all("said nothing for 8 s" in error for error in errors)
+    assert len(timings) + len(errors) == 8
+
+
 def test_a_full_disk_is_told_and_mended(board: Board) -> None:
     """No file may grow beyond 100 kB while a marker lies there: the system's own refusal, without filling a disk."""
     marker = board.home / "full"
