@@ -1,7 +1,7 @@
 """``SshTransport``: agents on a board, over the system's own ``ssh``, with all that ``~/.ssh/config`` says.
 
 One connection is shared by everything (ControlMaster): the agent's channel, and short *errands* that bring files
-(:mod:`hwsearch.device.courier`; ``scp`` is not used: it neither says why a write failed nor puts a file in place whole).
+(:mod:`hwsearch.device.courier`; not ``scp``, which neither says why a write failed nor puts a file in place whole).
 The agent's own modules and the networks lie on the board under their SHA-256, so only what is not there yet travels.
 
 A connection that cannot be made at first is told at once. One that worked and is lost (a dropped link, a reboot) is
