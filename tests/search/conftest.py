@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,3 +72,41 @@ class Toy:
 @pytest.fixture(scope="session")
 def toy() -> type[Toy]:
     return Toy
+
+
+@pytest.fixture
+def rough() -> Iterator[tuple[Any, WidthSpace, Budget]]:
+    """(model, space, budget) on the simulated device, predicted a tenth too fast: what is measured decides."""
+    import torch
+    from torch import nn
+
+    from hwsearch.device.session import open_session
+    from hwsearch.device.spec import Device
+    from hwsearch.graph.onnx_build import OnnxTemplate
+    from hwsearch.latency.measure import measure
+    from hwsearch.reparam.fold import fold
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 64, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4),
+    ).eval()  # fmt: skip
+    example = torch.zeros(1, 1, 8, 8)
+    space = WidthSpace.from_model(model, example, quantum=8, verify=False)
+    template = OnnxTemplate(space, fold(model, example, require=False), example)
+    with open_session(Device.load("simulated")) as session:
+
+        def timed(choice: Any) -> float:
+            return measure(template.slice(choice), session, reference_ms=1.0).measured_ms
+
+        full, smallest = timed(space.full()), timed(space.smallest())
+
+        class Line:
+            """A straight line through the MACs, a tenth too fast."""
+
+            def evaluate(self, choices: np.ndarray) -> np.ndarray:
+                macs = space.macs_array(choices) / space.macs(space.full())
+                return np.asarray(0.9 * (smallest + (full - smallest) * macs))
+
+        limit = Limit(Line(), (full + smallest) / 2, 0.5, name="simulated", measure=timed)
+        yield model, space, Budget([limit])
