@@ -248,7 +248,7 @@ def test_branches_on_searched_widths_are_folded_deployed_and_verified(unbroken: 
 
 MASKS = """
 [run]
-name = "branches"
+name = "masks"
 [device]
 name = "simulated"
 [profile]
@@ -311,16 +311,16 @@ def test_a_network_of_branches_is_searched_over_the_widths_of_its_folded_form(ho
     data = {**tomllib.loads(MASKS), "groups": [{"pattern": "stages.1.1.0", "freeze": True}]}
     outcome = run(RunConfig.from_dict(data), quiet())
     assert outcome.exit_code == 0
-    result = json.loads((home / "runs/branches/result.json").read_text())
+    result = json.loads((home / "runs/masks/result.json").read_text())
     widths = dict(zip(result["groups"], result["widths"], strict=True))
     assert len(widths) == 6, "of seven blocks one is frozen; with identities between them whole stages would be"
     assert result["limits"][0]["measured_ms"] <= result["limits"][0]["max_ms"]
     rows = {row.name: row for row in outcome.rows}
     assert list(rows) == ["full", "uniform", "found"]
     assert rows["uniform"].measured_ms <= 1.01 * rows["uniform"].budget_ms
-    manifest = json.loads((home / "runs/branches/bundle/manifest.json").read_text())
+    manifest = json.loads((home / "runs/masks/bundle/manifest.json").read_text())
     assert manifest["parameters"] == result["parameters"] == rows["found"].parameters
-    found = load_model(home / "runs/branches/model", fold=fold)
+    found = load_model(home / "runs/masks/model", fold=fold)
     assert not any(type(module).__name__ in ("ODBB", "BatchNorm2d") for module in found.modules())
     kept = {
         name: found.get_submodule(name).weight.shape[0] for name in ("stages.1.0.0", "stages.1.1.0", "stages.1.2.0")
