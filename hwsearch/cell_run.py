@@ -27,7 +27,7 @@ def cell_search(ready: Prepared) -> MGAS:
     """The search that the config names.
 
     Raises:
-        InputError: the model is no super-network of cells, or there are several devices.
+        InputError: the model is no super-network of cells.
     """
     from hwsearch.models.cells import CellNetwork
     from hwsearch.search.mgas import MGAS

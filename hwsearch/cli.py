@@ -368,63 +368,39 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: J
     """The whole path, from profile to report. Example: hwsearch run examples/simulated.toml"""
     from hwsearch.comparison import comparison_table
     from hwsearch.config import RunConfig
+    from hwsearch.family import Family, run_family
+    from hwsearch.pipeline import Outcome
     from hwsearch.pipeline import run as run_path
 
-    settings = RunConfig.load(config)
+    settings, talk = RunConfig.load(config), Console(json=as_json)
+    ended: Outcome | Family
     if settings.search.budgets is not None:
-        _run_family(settings, as_json)
-        return
-    outcome = run_path(settings, Console(json=as_json))
-    names = (settings.device.name, *(further.name for further in settings.devices))
-    verdicts = dict(zip(names, outcome.verdicts, strict=True))
-    columns, rows = comparison_table(outcome.rows, outcome.metric_name)
+        ended = run_family(settings, talk)
+        verdicts = {member.folder.name: member.verdicts[0] for member in ended.members}
+    else:
+        ended = run_path(settings, talk)
+        names = (settings.device.name, *(further.name for further in settings.devices))
+        verdicts = dict(zip(names, ended.verdicts, strict=True))
+    columns, rows = comparison_table(ended.rows, ended.metric_name)
 
     def show(console: Console) -> None:
-        console.table(f"{outcome.folder}", columns, rows)
-        for name, verdict in verdicts.items():
-            console.show(f"verdict on {name}: {verdict.status}")
-            for reason in (*verdict.reasons, *verdict.notes):
-                console.show(f"  {reason}")
-        console.show(f"report: {outcome.report}")
-
-    facts = {
-        "folder": str(outcome.folder),
-        "report": str(outcome.report),
-        "rows": [asdict(row) for row in outcome.rows],
-        "verdict": outcome.verdicts[0].to_dict(),
-        "verdicts": {name: verdict.to_dict() for name, verdict in verdicts.items()},
-    }
-    show_result(as_json, facts, show)
-    if outcome.exit_code:
-        raise typer.Exit(outcome.exit_code)
-
-
-def _run_family(settings: Any, as_json: bool) -> None:
-    """A config with several budgets: a network for each."""
-    from hwsearch.comparison import comparison_table
-    from hwsearch.family import run_family
-
-    found = run_family(settings, Console(json=as_json))
-    columns, rows = comparison_table(found.rows, found.metric_name)
-    verdicts = {member.folder.name: member.verdicts[0] for member in found.members}
-
-    def show(console: Console) -> None:
-        console.table(f"{found.folder}", columns, rows)
+        console.table(f"{ended.folder}", columns, rows)
         for name, verdict in verdicts.items():
             console.show(f"verdict of {name}: {verdict.status}")
             for reason in (*verdict.reasons, *verdict.notes):
                 console.show(f"  {reason}")
-        console.show(f"report: {found.report}")
+        console.show(f"report: {ended.report}")
 
     facts = {
-        "folder": str(found.folder),
-        "report": str(found.report),
-        "rows": [asdict(row) for row in found.rows],
+        "folder": str(ended.folder),
+        "report": str(ended.report),
+        "rows": [asdict(row) for row in ended.rows],
+        "verdict": next(iter(verdicts.values())).to_dict(),
         "verdicts": {name: verdict.to_dict() for name, verdict in verdicts.items()},
     }
     show_result(as_json, facts, show)
-    if found.exit_code:
-        raise typer.Exit(found.exit_code)
+    if ended.exit_code:
+        raise typer.Exit(ended.exit_code)
 
 
 def _argument(model: str, shape: str | None, allow: str | None) -> Any:

@@ -350,6 +350,8 @@ class RunConfig:
         check_devices(self.device.name, self.devices, has_budget=self.search.has_budget)
         if self.search.budgets is not None and self.devices:
             raise InputError("search.budgets are of one device: leave [[devices]] out, or give one budget")
+        if self.search.method == "mgas" and self.devices:
+            raise InputError("cells are searched for one device: leave [[devices]] out, or use another method")
         if self.search.method != "repnas" and self.branches != BranchSettings():
             raise InputError(f'[branches] is for method = "repnas", not {self.search.method}: leave it out')
         if self.search.method != "pas" and self.masks != MaskSettings():
