@@ -51,22 +51,38 @@ class Described:
 
 Rule = Callable[[Node, Tensors], Described]
 
+#: What ONNX Runtime puts into a graph where a GPU and its host hand over to each other.
+_COPIES = ("MemcpyFromHost", "MemcpyToHost")
+
 
 def describe(node: Node, tensors: Tensors) -> Described:
     """A node as its operator's rule sees it; an operator without a rule is ``other``."""
     from hwsearch.device.onnx_products import PRODUCTS
 
+    if node.op in _COPIES and node.standard:
+        return _copy(node, tensors)
     rule = PRODUCTS.get(node.op) or _RULES.get(node.op)
     if rule is not None and (node.standard or node.domain.startswith("com.microsoft")):
         found = rule(node, tensors)
     else:
         found = Described("other", tensors.inferred(node, _main(node, tensors)), {"inputs": max(1, len(node.inputs))})
+    if node.input(found.main) in tensors.on_host and node.input(found.main) not in tensors.constants:
+        # Left on the CPU in a graph of the GPU's: prices of the family are the GPU's.
+        tensors.on_host.update(node.outputs)
+        found.family = found.family if found.family == "free" else "other"
     if node.outputs and node.outputs[0] in tensors.guesses and found.family != "free":
         # Its size is a guess, so its price would be: say so.
         found.family = "other"
     if found.dtype_out is None:
         found.dtype_out = _DTYPE_OUT.get(node.op)
     return found
+
+
+def _copy(node: Node, tensors: Tensors) -> Described:
+    """A copy between the memories of a GPU and its host; what follows one to the host is computed there."""
+    if node.op == "MemcpyToHost":
+        tensors.on_host.update(node.outputs)
+    return Described("other", _main(node, tensors))
 
 
 def same_layout(node: Node, tensors: Tensors) -> str:

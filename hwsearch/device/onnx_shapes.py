@@ -108,6 +108,7 @@ class Tensors:
         # what the file claims about its tensors is asked last: ORT writes wrong sizes for some pools with ceil_mode
         self.declared: dict[str, Shape] = {}
         self.guesses: dict[str, str] = {}
+        self.on_host: set[str] = set()  # in a graph for a GPU, tensors that its host holds
         self.channels_last = {
             node.input[0]
             for node in model.graph.node

@@ -1,4 +1,6 @@
-"""ONNX Runtime on this CPU. The same names as in every runtime: ``probe, optimise, open_bench, run`` and ``parse``.
+"""ONNX Runtime on this CPU, or on an NVIDIA GPU (``onnx_cuda``).
+
+The same names as in every runtime: ``probe, optimise, open_bench, run`` and ``parse``.
 
 Device side: standard library, numpy and onnxruntime. Only :func:`parse`, which runs on the host, needs ``onnx``.
 
@@ -15,15 +17,25 @@ import os
 import platform
 import re
 import shutil
-import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hwsearch.device.bench import Bench
 from hwsearch.device.machine import governor, instruction_sets, processor
+from hwsearch.device.onnx_cuda import (
+    CPU,
+    check_session,
+    gpu_here,
+    node_microseconds,
+    place_of,
+    provider_of,
+    providers,
+)
 from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.errors import DeviceJobError, InputError
 
@@ -33,7 +45,7 @@ if TYPE_CHECKING:
 #: Networks may be interleaved: their times do not depend on each other beyond what the canary tells.
 INTERLEAVES = True
 
-_OPTIONS = ("spinning",)
+_OPTIONS = ("spinning", "provider", "tf32")
 _TYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -47,15 +59,26 @@ _TYPES: dict[str, Any] = {
 
 
 def probe(device: Device) -> Fingerprint:
-    """What this machine is, as far as a latency depends on it."""
+    """What this machine is, as far as a latency depends on it.
+
+    Raises:
+        DeviceUnavailableError: the device asks for a provider that is not there.
+    """
     import onnxruntime
 
     cpu, flags = processor()
+    isa, version = instruction_sets(flags), str(onnxruntime.__version__)
+    if provider_of(device) != CPU:
+        providers(device)
+        gpu = gpu_here()
+        # the host launches the kernels: of small networks that is the larger part
+        cpu, isa = f"{gpu.name} beside {cpu}", f"compute capability {gpu.capability}"
+        version += f" {provider_of(device)} driver {gpu.driver}" + (" tf32" if device.option("tf32", 0) else "")
     return Fingerprint(
         cpu=cpu,
-        isa=instruction_sets(flags),
+        isa=isa,
         runtime=device.runtime,
-        runtime_version=str(onnxruntime.__version__),
+        runtime_version=version,
         threads=device.threads,
         precision=device.precision,
         system=f"{platform.system()} {platform.machine()}",
@@ -73,7 +96,7 @@ def optimise(device: Device, network: bytes) -> bytes:
         path = Path(folder) / "optimised.onnx"
         options = _options(device)
         options.optimized_model_filepath = str(path)
-        _session(network, options)
+        _session(device, network, options)
         return path.read_bytes()
 
 
@@ -83,7 +106,7 @@ def run(device: Device, network: bytes, inputs: Mapping[str, np.ndarray]) -> dic
     Raises:
         DeviceJobError: ORT does not load or run the network, or an input is missing, unknown or of the wrong shape.
     """
-    session = _session(network, _options(device))
+    session = _session(device, network, _options(device))
     names = [output.name for output in session.get_outputs()]
     try:
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
@@ -93,7 +116,7 @@ def run(device: Device, network: bytes, inputs: Mapping[str, np.ndarray]) -> dic
 
 def open_bench(device: Device, canary: bytes) -> Bench:
     """A place to time networks on, with its canary loaded."""
-    return Bench(device, canary)
+    return Bench(partial(Loaded, device), canary)
 
 
 def parse(optimised: bytes) -> tuple[Kernel, ...]:
@@ -107,23 +130,6 @@ def parse(optimised: bytes) -> tuple[Kernel, ...]:
     return kernels_of(optimised)
 
 
-class Bench:
-    """Loaded networks and the clock to time them by."""
-
-    clock = staticmethod(time.perf_counter_ns)
-
-    def __init__(self, device: Device, canary: bytes) -> None:
-        self.device = device
-        self.canary = self.open("canary", canary)
-
-    def open(self, name: str, network: bytes) -> Loaded:
-        """Loads a network; its input is fixed random numbers, its buffers are allocated once."""
-        return Loaded(self.device, network)
-
-    def begin(self, network: bytes, seed: int) -> None:
-        """Nothing to set: this clock is the machine's."""
-
-
 class Loaded:
     """One session with bound inputs and outputs."""
 
@@ -131,17 +137,18 @@ class Loaded:
         import onnxruntime
 
         self._device, self._network = device, network
-        session = _session(network, _options(device))
-        self._binding = session.io_binding()
+        session = _session(device, network, _options(device))
+        self._binding, place = session.io_binding(), place_of(device)
         for value in session.get_inputs():
-            self._binding.bind_ortvalue_input(value.name, onnxruntime.OrtValue.ortvalue_from_numpy(example(value)))
+            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(example(value), place, 0)
+            self._binding.bind_ortvalue_input(value.name, buffer)
         for value in session.get_outputs():
             kind = _TYPES.get(value.type)
             if kind is not None and all(isinstance(size, int) and size > 0 for size in value.shape):
-                buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(value.shape, kind))
+                buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(value.shape, kind), place, 0)
                 self._binding.bind_ortvalue_output(value.name, buffer)
             else:
-                self._binding.bind_output(value.name)
+                self._binding.bind_output(value.name, place)
         self._session = session
         try:
             self.run()
@@ -149,7 +156,7 @@ class Loaded:
             raise DeviceJobError(one_line(error)) from None
 
     def run(self) -> None:
-        """One inference."""
+        """One inference; on a GPU it is over when the GPU is done, which ONNX Runtime waits for."""
         self._session.run_with_iobinding(self._binding)
 
     def profile(self, runs: int, run_ms: float) -> tuple[list[tuple[str, float]], bytes]:
@@ -168,21 +175,21 @@ class Loaded:
             options.optimized_model_filepath = str(path)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = _session(self._network, options)
+            session = _session(self._device, self._network, options)
             feed = {value.name: example(value) for value in session.get_inputs()}
             warmup = 2  # the first runs pay for the memory
             for _ in range(runs + warmup):
                 session.run(None, feed)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
             optimised = path.read_bytes()
-        return _shares(events, runs + warmup, warmup), optimised
+        return _shares(events, runs + warmup, warmup, provider_of(self._device)), optimised
 
     def close(self) -> None:
         """Frees the session."""
         del self._session, self._binding
 
 
-def _shares(events: list[dict[str, Any]], runs: int, warmup: int) -> list[tuple[str, float]]:
+def _shares(events: list[dict[str, Any]], runs: int, warmup: int, provider: str = CPU) -> list[tuple[str, float]]:
     """Each node's share from the profiler's events of ``runs`` equal runs."""
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     if not nodes or len(nodes) % runs:
@@ -192,7 +199,8 @@ def _shares(events: list[dict[str, Any]], runs: int, warmup: int) -> list[tuple[
     names = np.array([event["name"] for event in nodes]).reshape(runs, -1)
     if (names != names[0]).any():
         raise DeviceJobError("the profiler reported another order of nodes in each run; use one inter-op thread")
-    times = np.array([event["dur"] for event in nodes], dtype=np.float64).reshape(runs, -1)[warmup:] + 0.5
+    spent = [event["dur"] for event in nodes] if provider == CPU else node_microseconds(events, nodes)
+    times = np.array(spent, dtype=np.float64).reshape(runs, -1)[warmup:] + 0.5
     times.sort(axis=0)
     quarter = len(times) // 4
     means = times[quarter : len(times) - quarter].mean(axis=0)
@@ -254,10 +262,13 @@ def _options(device: Device) -> Any:
     return options
 
 
-def _session(network: bytes, options: Any) -> Any:
+def _session(device: Device, network: bytes, options: Any) -> Any:
     import onnxruntime
 
+    wanted = providers(device)
     try:
-        return onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(network, options, providers=wanted)
     except Exception as error:
         raise DeviceJobError(one_line(error)) from None
+    check_session(device, session)
+    return session

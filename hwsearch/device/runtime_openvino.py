@@ -17,12 +17,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import time
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hwsearch.device.bench import Bench
 from hwsearch.device.machine import governor, instruction_sets, processor
 from hwsearch.device.openvino_graph import read_graph, write_graph
 from hwsearch.device.spec import Device, Fingerprint
@@ -110,7 +111,7 @@ def run(device: Device, network: bytes, inputs: Mapping[str, np.ndarray]) -> dic
 
 def open_bench(device: Device, canary: bytes) -> Bench:
     """A place to time networks on, with its canary loaded."""
-    return Bench(device, canary)
+    return Bench(partial(Loaded, device), canary)
 
 
 def parse(optimised: bytes) -> tuple[Kernel, ...]:
@@ -122,23 +123,6 @@ def parse(optimised: bytes) -> tuple[Kernel, ...]:
     from hwsearch.device.openvino_kernels import kernels_of
 
     return kernels_of(read_graph(optimised))
-
-
-class Bench:
-    """Loaded networks and the clock to time them by."""
-
-    clock = staticmethod(time.perf_counter_ns)
-
-    def __init__(self, device: Device, canary: bytes) -> None:
-        self.device = device
-        self.canary = self.open("canary", canary)
-
-    def open(self, name: str, network: bytes) -> Loaded:
-        """Loads a network; its input is fixed random numbers, its buffers are allocated once."""
-        return Loaded(self.device, network)
-
-    def begin(self, network: bytes, seed: int) -> None:
-        """Nothing to set: this clock is the machine's."""
 
 
 class Loaded:
