@@ -25,7 +25,7 @@ def test_the_runtime_of_the_guide_passes_the_suite_as_the_guide_says(tmp_path: P
     assert len(outcomes) == 13
     assert all(outcome.endswith(" ok") for outcome in outcomes), done.stdout
     shown = subprocess.run(
-        [sys.executable, "-m", "hwsearch.cli", "device", "show", "mine"],
+        [sys.executable, "-m", "hwsearch", "device", "show", "mine"],
         capture_output=True, text=True, env=environment, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
@@ -37,7 +37,7 @@ def test_a_runtime_that_is_not_installed_says_what_is_missing(tmp_path: Path) ->
     (tmp_path / "devices/mine.toml").write_text('runtime = "absent"\n', encoding="utf-8")
     environment = os.environ | {"HWSEARCH_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "hwsearch.cli", "device", "show", "mine"],
+        [sys.executable, "-m", "hwsearch", "device", "show", "mine"],
         capture_output=True, text=True, env=environment, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert done.returncode == 2

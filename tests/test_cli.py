@@ -20,7 +20,7 @@ ON_SIMULATED = ["--device", "simulated"]
 
 
 def hwsearch(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hwsearch.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "hwsearch", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
 
 
@@ -51,7 +51,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(Path(__file__).resolve().parent.parent / "devices", home / "devices")
     environment = {**os.environ, "HWSEARCH_HOME": str(home)}
     for arguments in (["profile", *ON_SIMULATED, "--minutes", "0.15"], ["fit", *ON_SIMULATED]):
-        command = [sys.executable, "-m", "hwsearch.cli", *arguments]
+        command = [sys.executable, "-m", "hwsearch", *arguments]
         subprocess.run(command, env=environment, cwd=home, check=True, capture_output=True)
     return home
 

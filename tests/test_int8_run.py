@@ -50,7 +50,7 @@ methods = ["minmax", "percentile"]
 
 def hwsearch(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "hwsearch.cli", *words], cwd=home, env={**os.environ, "HWSEARCH_HOME": str(home)},
+        [sys.executable, "-m", "hwsearch", *words], cwd=home, env={**os.environ, "HWSEARCH_HOME": str(home)},
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
 

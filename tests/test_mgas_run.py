@@ -61,7 +61,7 @@ SMALLEST: dict[str, Any] = {
 def test_cells_are_searched_deployed_and_verified(tmp_path: Path) -> None:
     shutil.copytree(Path(__file__).resolve().parent.parent / "devices", tmp_path / "devices")
     (tmp_path / "cells.toml").write_text(CONFIG)
-    command = [sys.executable, "-m", "hwsearch.cli", "run", "cells.toml", "--json"]
+    command = [sys.executable, "-m", "hwsearch", "run", "cells.toml", "--json"]
     environment = {**os.environ, "HWSEARCH_HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

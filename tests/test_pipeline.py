@@ -100,7 +100,7 @@ def make_home(folder: Path) -> Path:
 
 def start(home: Path, config: str = "chain.toml") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "hwsearch.cli", "run", config, "--json"],
+        [sys.executable, "-m", "hwsearch", "run", config, "--json"],
         cwd=home,
         env={**os.environ, "HWSEARCH_HOME": str(home)},
         stdout=subprocess.PIPE,

@@ -1,7 +1,8 @@
 """The analytic base: a kernel's ms as a sum of what it must do, with weights >= 0 fitted per group of kernels.
 
-A group is a family on one layout (and, for what only moves bytes, one operation). All groups are fitted together, so
-that kernels match their shares *and* their sums match the networks' totals, which are known far better than any share.
+A group is a family on one layout (with one implementation of a convolution, with one operation of what only moves
+bytes). All groups are fitted together, so that kernels match their shares *and* their sums match the networks' totals,
+which are known far better than any share.
 The base extrapolates sanely, which trees do not, and it is all there is where a family has few samples.
 
 One thing a kernel does not know of itself: whether its weights are still in a cache when its turn comes again. That
@@ -97,7 +98,9 @@ def group_names(kernel: Kernel) -> tuple[str, ...]:
     """Groups that a kernel may be priced in, the most special one first; precisions never share one."""
     layout = "blocked" if is_blocked(kernel.layout_out) else "plain"
     wide = f"{kernel.family}/{layout}"
-    names = (wide, kernel.family) if kernel.family in CONVOLUTIONS else (f"{wide}/{kernel.op}", wide, kernel.family)
+    # Of convolutions the implementation counts where a runtime tells it: another one may take fifty times as long.
+    path = kernel.op.partition("/")[2] if kernel.family in CONVOLUTIONS else kernel.op
+    names = (f"{wide}/{path}", wide, kernel.family) if path else (wide, kernel.family)
     return names if kernel.dtype == "float32" else tuple(f"{name}@{kernel.dtype}" for name in names)
 
 

@@ -27,7 +27,7 @@ from hwsearch.device.check import DeviceCheck, check_device
 from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device, Fingerprint
 from hwsearch.device.stopwatch import PROFILE, StopwatchSettings, Timing
-from hwsearch.errors import DeviceJobError, HwsearchError, InputError, NoisyDeviceError
+from hwsearch.errors import DeviceJobError, HwsearchError, InputError, NoisyDeviceError, SchemaError
 from hwsearch.latency.active import CANDIDATES, FEWEST, Need, round_start
 from hwsearch.latency.journal import Journal, Slot
 from hwsearch.latency.sample import NetworkTemplate, PlannedNetwork, SamplingPlan
@@ -162,7 +162,7 @@ def profile(
         )  # fmt: skip
         _work(campaign)
         known, made = journal.measurements()
-        seeds = tuple(sorted(int(text) for text in journal.meta.all("seed ")))
+        seeds = tuple(sorted(_seed(text, path) for text in journal.meta.all("seed ")))
     # The reference speed may have been checked anew since: milliseconds are ratios to it, so they move exactly.
     moved = [
         visit
@@ -180,12 +180,15 @@ def profile(
 
 
 def current_check(device: Device, session: DeviceSession, message: Callable[[str], None]) -> DeviceCheck:
-    """The device's saved check when it still holds, else a new one, saved."""
+    """The device's saved check when it still holds, else a new one, saved. A noisy one never holds."""
     if (device.table_folder / "device.json").exists():
         check = DeviceCheck.load(device.table_folder)
-        if not _differences(check.fingerprint, session.fingerprint):
+        if _differences(check.fingerprint, session.fingerprint):
+            message(f"device {device.name} changed since it was checked: checking it again")
+        elif check.ok:
             return check
-        message(f"device {device.name} changed since it was checked: checking it again")
+        else:
+            message(f"device {device.name} was noisy when it was checked: checking it again")
     return check_device(device, session=session, message=message)
 
 
@@ -217,7 +220,7 @@ def _need(campaign: _Campaign, before: int) -> Need | None:
     """What the visits of the steps before ``before`` leave to be learnt; None while they are few."""
     networks, made = campaign.journal.measurements()
     key = campaign.plan.key
-    visits = [visit for visit, _ in made if visit.step.startswith(f"{key}/") and int(visit.step[-5:]) < before]
+    visits = [visit for visit, _ in made if f"{key}/" < visit.step < f"{key}/{before:05d}"]
     samples = combine(networks, visits).samples
     return Need.of(samples, campaign.plan.seed) if len(samples) >= FEWEST else None
 
@@ -333,11 +336,20 @@ def _same_device(journal: Journal, fingerprint: Fingerprint, path: Path) -> None
         InputError: the journal was made under another fingerprint.
     """
     stored = journal.meta.setdefault("fingerprint", json.dumps(fingerprint.to_dict(), sort_keys=True))
-    different = _differences(Fingerprint.from_dict(json.loads(stored)), fingerprint)
+    try:
+        different = _differences(Fingerprint.from_dict(json.loads(stored)), fingerprint)
+    except (ValueError, RecursionError, SchemaError) as error:
+        raise SchemaError(f"{path}: its fingerprint cannot be read ({error}); move it away and profile again") from None
     if different:
         raise InputError(
             f"{path} was made on another device ({'; '.join(different)}): start anew with resume=False (--no-resume)"
         )
+
+
+def _seed(text: str, path: Path) -> int:
+    if not text.isdecimal() or len(text) > 100:
+        raise SchemaError(f"{path}: its seed {text[:40]!r} is no whole number; move it away and profile again")
+    return int(text)
 
 
 def _move_aside(path: Path) -> None:

@@ -100,6 +100,22 @@ def test_weights_beyond_a_cache_cost_more() -> None:
     assert np.abs(np.expm1(with_context.log_errors_)).mean() < 0.05
 
 
+def test_an_implementation_fifty_times_slower_is_priced_apart() -> None:
+    rng = np.random.default_rng(6)
+    samples = []
+    for number in range(90):
+        shapes = [conv(rng, "nhwc") for _ in range(int(rng.integers(3, 20)))]
+        slow = rng.random(len(shapes)) < 0.3
+        kernels = tuple(
+            replace(k, op=f"Convolution/{'ref' if s else 'jit'}") for k, s in zip(shapes, slow, strict=True)
+        )
+        ms = np.array([k.macs / 4e7 * (50 if s else 1) + 1e-3 for k, s in zip(kernels, slow, strict=True)])
+        total = float(ms.sum())
+        samples.append(NetworkSample(f"{number:04d}", "f", kernels, tuple(ms.tolist()), total, total, total, 0.01, 9))
+    predictor = LatencyPredictor(**QUICK).fit(LatencyTable("toy", FINGERPRINT, 0.5, 0.01, tuple(samples)))
+    assert np.abs(np.expm1(predictor.log_errors_)).mean() < 0.05
+
+
 def test_unseen_networks_of_the_simulated_device(campaign: Any) -> None:
     checked = campaign.predictor.cross_validation_
     error = np.abs(checked.predicted_ms / checked.measured_ms - 1)

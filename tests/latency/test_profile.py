@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from hwsearch.device.check import check_device
 from hwsearch.device.session import open_session
 from hwsearch.device.spec import Device
 from hwsearch.errors import InputError, NoisyDeviceError, SchemaError
 from hwsearch.latency.journal import SCHEMA, VERSION, Journal
-from hwsearch.latency.profile import JOURNAL, profile
+from hwsearch.latency.profile import JOURNAL, current_check, profile
 from hwsearch.latency.table import LatencyTable
 
 FILES = ("manifest.json", "networks.csv", "kernels.csv")
@@ -235,3 +236,15 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         journal._base.execute("PRAGMA max_page_count = 1000000")
         journal.skip("campaign", (0, 0), "network", "x")
         assert journal.failed("campaign") == {0}
+
+
+def test_a_device_that_was_noisy_once_is_checked_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    with open_session(device(tmp_path)) as session:
+        noisy = replace(check_device(device(tmp_path), session=session), verdict="noisy")
+        noisy.save(device(tmp_path).table_folder)
+        assert current_check(device(tmp_path), session, said.append).ok
+        assert "noisy when it was checked" in said[0]
+        said.clear()
+        assert current_check(device(tmp_path), session, said.append).ok
+    assert not said
