@@ -26,7 +26,6 @@ no default is written down twice. pydantic checks the file at this border; behin
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -42,13 +41,13 @@ from hwsearch.config_devices import FurtherDevice, allowed_ms, check_budget, che
 from hwsearch.config_family import Budgets, check_budgets, ms_of
 from hwsearch.config_masks import MaskSettings
 from hwsearch.config_messages import explain
+from hwsearch.config_training import NetworkTraining, TrainSettings, given
 from hwsearch.config_types import (
     Below1,
     Count,
     Factory,
     Ms,
     Name,
-    NotNegative,
     Percent,
     Positive,
     Quantile,
@@ -244,46 +243,6 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """``[supernet]``, ``[trial]`` and ``[train]``: see ``TrainConfig``. ``steps`` and ``epochs`` exclude each other."""
-
-    __pydantic_config__ = _STRICT
-    epochs: Positive | None = None
-    steps: Count | None = None
-    batch_size: Count | None = None
-    learning_rate: Positive | None = None
-    final_rate: NotNegative | None = None
-    warmup: Below1 | None = None
-    momentum: Below1 | None = None
-    nesterov: Switch | None = None
-    weight_decay: NotNegative | None = None
-    clip: Positive | None = None
-    precision: Literal["float32", "bfloat16"] | None = None
-    channels_last: Switch | None = None
-    checkpoint_s: NotNegative | None = None
-
-    def __post_init__(self) -> None:
-        if self.epochs is not None and self.steps is not None:
-            raise InputError("a training has both epochs and steps: give one of the two")
-
-    def config(self, run: RunSettings, section: str = "train", like: TrainConfig | None = None) -> TrainConfig:
-        """The training that these settings stand for; ``section`` is their name, for messages, ``like`` the defaults.
-
-        Raises:
-            InputError: values that do not go together.
-        """
-        from hwsearch.train.loop import TrainConfig
-
-        try:
-            given = _given(self)
-            if "epochs" in given:
-                given["steps"] = None  # which would override them
-            return dataclasses.replace(like or TrainConfig(), seed=run.seed, threads=run.threads, **given)
-        except InputError as error:
-            raise InputError(f"[{section}]: {error}") from error
-
-
-@dataclass(frozen=True)
 class DeploySettings:
     """``[deploy]``: where the bundle goes (by default ``bundle`` in the run folder), and in which precision (by default
     the device's). For 8 bits see ``Int8Settings``: layers in float32, what may be lost, images to calibrate on.
@@ -301,8 +260,8 @@ class DeploySettings:
     methods: tuple[Text, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.precision == "float32" and (given := _given(self, "keep_fp32", "tolerance", "images", "methods")):
-            raise InputError(f"deploy.{next(iter(given))} is for 8 bits: leave it out, or set deploy.precision to int8")
+        if self.precision == "float32" and (eight := given(self, "keep_fp32", "tolerance", "images", "methods")):
+            raise InputError(f"deploy.{next(iter(eight))} is for 8 bits: leave it out, or set deploy.precision to int8")
 
     def int8(self) -> Int8Settings:
         """How the network is brought to 8 bits.
@@ -312,7 +271,7 @@ class DeploySettings:
         """
         from hwsearch.deploy.quantise import Int8Settings
 
-        return Int8Settings(**_given(self, "keep_fp32", "tolerance", "images", "methods"))
+        return Int8Settings(**given(self, "keep_fp32", "tolerance", "images", "methods"))
 
 
 @dataclass(frozen=True)
@@ -340,7 +299,7 @@ class RunConfig:
     data: DataSettings = field(default_factory=DataSettings)
     supernet: TrainSettings = field(default_factory=TrainSettings)
     trial: TrainSettings = field(default_factory=TrainSettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
+    train: NetworkTraining = field(default_factory=NetworkTraining)
     branches: BranchSettings = field(default_factory=BranchSettings)
     masks: MaskSettings = field(default_factory=MaskSettings)
     cells: CellSettings = field(default_factory=CellSettings)
@@ -354,6 +313,8 @@ class RunConfig:
             raise InputError("cells are searched for one device: leave [[devices]] out, or use another method")
         if self.search.method != "repnas" and self.branches != BranchSettings():
             raise InputError(f'[branches] is for method = "repnas", not {self.search.method}: leave it out')
+        if self.search.method == "repnas" and self.train.callback is not None:
+            raise InputError("train.callback: branches are trained by their search itself: leave it out")
         if self.search.method != "pas" and self.masks != MaskSettings():
             raise InputError(f'[masks] is for method = "pas", not {self.search.method}: leave it out')
         if self.search.method != "mgas" and self.cells != CellSettings():
@@ -372,7 +333,7 @@ class RunConfig:
             data = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"cannot read the config {file}: {error.strerror}; check the path") from error
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file} is not valid TOML: {str(error).splitlines()[0]}") from error
         return cls.from_dict(data, source=str(file))
 
@@ -438,14 +399,14 @@ class RunConfig:
         from hwsearch.search.scoring import ScoringConfig
 
         search = self.search
-        evolution = _given(search, "population", "generations", evaluations="candidates")
-        scoring = _given(search, "calibration_images", images="score_images", patterns="score_patterns")
+        evolution = given(search, "population", "generations", evaluations="candidates")
+        scoring = given(search, "calibration_images", images="score_images", patterns="score_patterns")
         return CafeNetConfig(
             training=self.supernet.config(self.run, "supernet"),
             winner=self.training(),
             evolution=EvolutionSettings(**evolution),
             scoring=ScoringConfig(**scoring),
-            **_given(search, *_CAFENET, *_BOTH),
+            **given(search, *_CAFENET, *_BOTH),
         )
 
     def conetv2(self) -> ConetConfig:
@@ -458,8 +419,7 @@ class RunConfig:
 
         make = ConetConfig.published if self.search.accept in ("conetv2", "greedy") else ConetConfig
         training = self.trial.config(self.run, "trial", like=make().training)
-        given = _given(self.search, *_CONETV2_ONLY, *_BOTH)
-        return make(training=training, winner=self.training(), **given)
+        return make(training=training, winner=self.training(), **given(self.search, *_CONETV2_ONLY, *_BOTH))
 
     def pas(self) -> PasConfig:
         """The search by masks that ``[masks]`` and ``[train]`` stand for.
@@ -468,7 +428,7 @@ class RunConfig:
             InputError: values that do not go together.
         """
         winner = self.train.config(self.run, "train", like=self.masks.base().winner)
-        shared = _given(self.search, *_BOTH)
+        shared = given(self.search, *_BOTH)
         return self.masks.config(self.training(), winner, shared, trained=self.model.weights is not None)
 
     def mgas(self) -> MgasConfig:
@@ -478,7 +438,7 @@ class RunConfig:
             InputError: values that do not go together.
         """
         winner = self.train.config(self.run, "train", like=self.cells.base().winner)
-        return self.cells.config(winner, _given(self.search, "measured", "rounds"))
+        return self.cells.config(winner, given(self.search, "measured", "rounds"))
 
     def repnas(self) -> RepNASSearchConfig:
         """The search of branches that ``[branches]`` and ``[train]`` stand for.
@@ -487,11 +447,3 @@ class RunConfig:
             InputError: values that do not go together.
         """
         return self.branches.config(self.training(), self.search.start)
-
-
-def _given(settings: Any, *names: str, **renamed: str) -> dict[str, Any]:
-    """The fields that were given (all of them by default); ``renamed`` maps new names to fields."""
-    if not names and not renamed:
-        names = tuple(f.name for f in dataclasses.fields(settings))
-    pairs = {**{name: name for name in names}, **renamed}
-    return {new: value for new, old in pairs.items() if (value := getattr(settings, old)) is not None}

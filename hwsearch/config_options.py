@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hwsearch.config import RunConfig
-from hwsearch.config_data import KINDS
+from hwsearch.config_data import named_data
 from hwsearch.errors import InputError
 
 
@@ -32,7 +32,6 @@ def search_config(
         if not value:
             raise InputError(f"search needs {name}, or a config file: see hwsearch search --help")
     (device, max_ms), *further = [_limit(budget) for budget in budgets]
-    known = data in KINDS
     path = folder if folder is not None else Path("runs") / f"{method}-{Path(device).stem}"
     return RunConfig.from_dict(
         {
@@ -40,7 +39,7 @@ def search_config(
             "device": {"name": device},
             "devices": [{"name": name, "budget_ms": ms} for name, ms in further],
             "model": {"factory": model, "input": shape},
-            "data": {"kind": data} if known else {"folder": data},
+            "data": named_data(data),
             "search": {"method": method, "budget_ms": max_ms},
         },
         source="search options",

@@ -17,7 +17,10 @@ Below1 = Annotated[
     float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False, description="a number from 0 up to, not including, 1")
 ]
 Switch = Annotated[bool, Field(strict=True, description="true or false")]
-Text = Annotated[str, Field(strict=True, min_length=1, description="text in quotes")]
+Text = Annotated[
+    str,
+    Field(strict=True, pattern=r"^[^\x00-\x1f\x7f]+$", max_length=4096, description="text in quotes, on one line"),
+]
 Name = Annotated[
     str,
     Field(
@@ -32,6 +35,14 @@ Factory = Annotated[
         strict=True,
         pattern=r"^(timm:[\w.]+|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)$",
         description='package.module:factory or timm:name, such as "hwsearch.models.vgg:vgg_small"',
+    ),
+]
+OwnCode = Annotated[
+    str,
+    Field(
+        strict=True,
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+        description='module:name of your own code, such as "my_data:make"',
     ),
 ]
 Shape = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from hwsearch.errors import HwsearchError, InputError
 from hwsearch.model_argument import ModelArgument
 
 if TYPE_CHECKING:
+    from hwsearch.config_data import DataSettings
     from hwsearch.deploy.quantise import Int8Settings
     from hwsearch.deploy.reader import Bundle
     from hwsearch.device.spec import Device
@@ -106,7 +108,7 @@ def _settings(options: DeployOptions) -> Int8Settings:
     given: dict[str, Any] = {} if options.tolerance is None else {"tolerance": options.tolerance}
     text = options.keep_fp32
     if text is not None:
-        if text.strip().isdigit():
+        if re.fullmatch("[0-9]{1,9}", text.strip()):  # str.isdigit takes a superscript two for a digit
             given["keep_fp32"] = int(text)
         elif text.strip() == "auto":
             given["keep_fp32"] = "auto"
@@ -116,18 +118,39 @@ def _settings(options: DeployOptions) -> Int8Settings:
 
 
 def _task(argument: ModelArgument, data: str | None) -> Task:
-    """The data that was named, else those of the run that the model was found in."""
+    """The data that was named, else those of the run that the model was found in; code of theirs has to be named."""
+    from hwsearch.config_data import DataSettings, named_data
     from hwsearch.train.task import load_task
 
-    if data is not None:
+    stored, seed = _stored_data(argument.spec)
+    if data is None:
+        if stored is None:
+            raise InputError(
+                "8 bits are calibrated on held-out training images: add --data, such as --data fashion-mnist or a "
+                "folder"
+            )
+        if stored.factory is not None:
+            raise InputError(
+                f"the data of {argument.spec} are what {stored.factory} returns, and loading runs its code: if you "
+                f"trust it, name it: --data {stored.factory}"
+            )
+        return stored.load(seed)[0]
+    named: dict[str, Any] = dict(named_data(data))
+    if "kind" in named or "folder" in named:
         return load_task(data, valid=_IMAGES)[0]
-    path = Path(argument.spec) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        from hwsearch.config_data import DataSettings
+    if stored is not None and stored.factory is not None and stored.factory == named.get("factory"):
+        return stored.load(seed)[0]  # with the arguments of the run
+    return DataSettings(**named).load(0)[0]
 
-        return DataSettings(**config["data"]).load(config["run"]["seed"])[0]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            "8 bits are calibrated on held-out training images: add --data, such as --data fashion-mnist or a folder"
-        ) from error
+
+def _stored_data(folder: str) -> tuple[DataSettings | None, int]:
+    """``[data]`` and the seed of a run folder; None where there is none that can be read."""
+    from pydantic import TypeAdapter
+
+    from hwsearch.config_data import DataSettings
+
+    try:
+        settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["settings"]
+        return TypeAdapter(DataSettings).validate_python(settings["data"]), int(settings["run"]["seed"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError):
+        return None, 0

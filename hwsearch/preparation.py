@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -123,8 +124,11 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
     if "int8" in (config.deploy.precision, *(device.precision for device in devices)):
         _check_images(config)
     module, example = _model(config)
+    notes, data = _rehearsed(config, module)
     with open_run(config.run_folder, config.identity()) as run_folder, contextlib.ExitStack() as sessions:
-        run_folder.event("run_started", resumed=run_folder.resumed)
+        run_folder.event("run_started", resumed=run_folder.resumed, data=data, **_versions())
+        for note in notes:
+            console.say(note)
         console.step("Extracting the width space")
         space, module = width_space(config, module, example)
         plain = OnnxTemplate(space, fold(module, example, require=False), example)
@@ -396,6 +400,22 @@ def _model(config: RunConfig) -> tuple[nn.Module, Tensor]:
     return module, argument.example_input
 
 
+def _rehearsed(config: RunConfig, module: nn.Module) -> tuple[tuple[str, ...], str]:
+    """What is to be told of model and data, and which data they are; they are tried before the device is asked."""
+    from hwsearch.train.rehearsal import rehearse
+
+    task, test = config.data.load(config.run.seed)
+    notes = rehearse(module, task, test, config.training(), config.model.input_shape)
+    return notes, task.train.identity
+
+
+def _versions() -> dict[str, str]:
+    """What the weights of a run hang on beside its settings."""
+    import torch
+
+    return {"hwsearch": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
 def _full_ms(
     session: DeviceSession, template: NetworkTemplate, space: WidthSpace, reference_ms: float, console: Console
 ) -> float:
@@ -411,9 +431,12 @@ def _once(run: RunFolder, name: str, make: Callable[[], float]) -> float:
     path = run.state / f"{name}.json"
     if path.exists():
         try:
-            return float(str(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged: use another run name, or delete the folder") from error
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            value = None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+            raise InputError(f"{path} is damaged: use another run name, or delete the folder")
+        return float(value)
     value = make()
     write_atomic(path, json.dumps(value) + "\n")
     return value

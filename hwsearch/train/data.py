@@ -7,10 +7,10 @@ iterators and no workers to restore after a kill, and the same code serves tenso
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from hwsearch.train.seeds import generator
 
 #: What one step sees. The first tensor is the model's input, the others are the task's own business.
 Batch = tuple[Tensor, ...]
+
+_MOST_HELD_OUT = 5000  # where nothing is said
 
 
 @runtime_checkable
@@ -146,33 +148,6 @@ class Subset:
         return self.examples.take(self.indices[indices], augment=augment)
 
 
-@dataclass(frozen=True)
-class DatasetExamples:
-    """Any map-style ``torch.utils.data.Dataset`` as ``Examples``; its own augmentation is not seeded by us.
-
-    Args:
-        dataset: has ``__len__`` and ``__getitem__``; items are tuples whose first part is the model's input.
-        name: takes part in ``identity``, because the content of a data set cannot be read cheaply.
-    """
-
-    dataset: Any
-    name: str
-
-    @property
-    def identity(self) -> str:
-        """The name and the count."""
-        return f"dataset {self.name} {len(self)}"
-
-    def __len__(self) -> int:
-        return len(cast(Sized, self.dataset))
-
-    def take(self, indices: np.ndarray, *, augment: np.random.Generator | None = None) -> Batch:
-        """Items collated by torch's own rule."""
-        from torch.utils.data import default_collate
-
-        return tuple(default_collate([tuple(self.dataset[int(index)]) for index in indices]))
-
-
 class Shuffle:
     """Which examples step number ``step`` sees: a new permutation each epoch, an incomplete last batch left out."""
 
@@ -196,12 +171,15 @@ def in_order(examples: Examples, batch_size: int) -> Iterator[Batch]:
         yield examples.take(np.arange(start, min(start + batch_size, len(examples))))
 
 
-def split(examples: Examples, valid: int, seed: int) -> tuple[Subset, Subset]:
-    """Split at random into (train, valid) with ``valid`` held-out examples; a function of the seed.
+def split(examples: Examples, valid: int | None, seed: int) -> tuple[Subset, Subset]:
+    """Split at random into (train, valid) with ``valid`` held-out examples (None: a fifth, at most 5000); a function of
+    the seed.
 
     Raises:
         InputError: ``valid`` leaves nothing to train on, or holds nothing out.
     """
+    if valid is None:
+        valid = min(max(len(examples) // 5, 1), _MOST_HELD_OUT)
     if not 0 < valid < len(examples):
         raise InputError(f"cannot hold out {valid} of {len(examples)} examples; give 1 to {len(examples) - 1}")
     order = generator(seed, "split").permutation(len(examples))

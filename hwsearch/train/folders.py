@@ -1,4 +1,4 @@
-"""Data sets from folders as they are published: ImageNet's class folders, CIFAR-10's binary files, CelebA's attributes.
+"""Data sets from folders as they are published: class folders, CIFAR-10's binary files, CelebA's attributes.
 
 Images in files are decoded when a batch asks for them (with Pillow), so a data set need not fit in memory; CIFAR-10 is
 read whole. Nothing here reads a pickle: of CIFAR-10's three published forms it takes the binary one.
@@ -7,6 +7,7 @@ read whole. Nothing here reads a pickle: of CIFAR-10's three published forms it 
 from __future__ import annotations
 
 import importlib
+import itertools
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +19,15 @@ import torch
 
 from hwsearch.errors import InputError, SchemaError
 from hwsearch.train.data import Batch, TensorExamples
+from hwsearch.train.seeds import generator
 
 #: Mean and standard deviation of ImageNet's training images, per channel, after division by 255.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: The same of CIFAR-10.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".JPEG", ".JPG")
+_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_TEST_SHARE = 5  # one in so many
 _RECORD = 1 + 3 * 32 * 32
 
 
@@ -98,24 +101,63 @@ class ImageFiles:
 def class_folders(folder: str | Path, *, size: int = 224) -> tuple[ImageFiles, ImageFiles]:
     """(train, val) of a folder in ImageNet's layout: ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``.
 
+    Where there is no ``val`` but a ``test``, that is taken.
+
     Raises:
         InputError: a folder is missing or empty, or the two parts have different classes.
     """
     root = Path(folder)
-    names = {part: sorted(p.name for p in _listed(root / part) if p.is_dir()) for part in ("train", "val")}
-    if names["train"] != names["val"] or not names["train"]:
+    other = "test" if not (root / "val").is_dir() and (root / "test").is_dir() else "val"
+    names = {part: sorted(p.name for p in _listed(root / part) if p.is_dir()) for part in ("train", other)}
+    if names["train"] != names[other] or not names["train"]:
         raise InputError(
-            f"{root} has {len(names['train'])} classes in train and {len(names['val'])} in val: give ImageNet's "
+            f"{root} has {len(names['train'])} classes in train and {len(names[other])} in {other}: give ImageNet's "
             "layout, train/<class>/ and val/<class>/ with the same classes"
         )
     parts = []
-    for part in ("train", "val"):
+    for part in ("train", other):
         pairs = [
             (path, number)
             for number, name in enumerate(names[part])
             for path in sorted(_listed(root / part / name))
-            if path.suffix in _ENDINGS
+            if path.suffix.lower() in _ENDINGS
         ]
+        targets = torch.tensor([number for _, number in pairs], dtype=torch.int64)
+        parts.append(ImageFiles(tuple(path for path, _ in pairs), targets, size))
+    return parts[0], parts[1]
+
+
+def has_class_folders(folder: str | Path) -> bool:
+    """Whether a folder holds at least two folders with pictures in them, a class each."""
+    root = Path(folder)
+    if not root.is_dir():
+        return False
+    found = (p for p in _listed(root) if p.is_dir() and any(q.suffix.lower() in _ENDINGS for q in _listed(p)))
+    return len(list(itertools.islice(found, 2))) == 2
+
+
+def unsplit_class_folders(folder: str | Path, *, size: int = 224, seed: int = 0) -> tuple[ImageFiles, ImageFiles]:
+    """(train, test) of a folder with a folder a class and no parts, as torchvision's ``ImageFolder`` takes it.
+
+    One in five pictures of each class, drawn by the seed, is the test set.
+
+    Raises:
+        InputError: a class has no picture to spare.
+    """
+    root = Path(folder)
+    train: list[tuple[Path, int]] = []
+    test: list[tuple[Path, int]] = []
+    names = sorted(p.name for p in _listed(root) if p.is_dir() and not p.name.startswith("."))
+    for number, name in enumerate(names):
+        paths = sorted(path for path in _listed(root / name) if path.suffix.lower() in _ENDINGS)
+        spared = len(paths) // _TEST_SHARE
+        if not spared:
+            raise InputError(f"{root / name} has {len(paths)} pictures: give {_TEST_SHARE} or more of each class")
+        order = generator(seed, "test set", number).permutation(len(paths))
+        train += [(paths[at], number) for at in sorted(order[spared:])]
+        test += [(paths[at], number) for at in sorted(order[:spared])]
+    parts = []
+    for pairs in (train, test):
         targets = torch.tensor([number for _, number in pairs], dtype=torch.int64)
         parts.append(ImageFiles(tuple(path for path, _ in pairs), targets, size))
     return parts[0], parts[1]

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from hwsearch.device.lock import background_lock
 from hwsearch.errors import InputError
 from hwsearch.train import checkpoint, processes
+from hwsearch.train.callback import OwnSteps
 from hwsearch.train.data import Batch, Examples, Shuffle, in_order
+from hwsearch.train.optimiser_state import put_back, remembered
 from hwsearch.train.seeds import generator, torch_seed
 from hwsearch.train.strides import strided_inputs
 from hwsearch.train.task import Evaluation, Task
@@ -34,6 +36,7 @@ Step = Callable[[int, Batch], Tensor]
 
 _LOCK_S = 1.0  # a timing waits for background work at most about this long
 _HISTORY_POINTS = 200
+_OPTIMISER = "optimiser."  # of the user's own: what it remembers, in a checkpoint
 _NOT_IDENTITY = ("checkpoint_s",)  # how often a checkpoint is written changes no bit of the result
 
 
@@ -54,6 +57,7 @@ class TrainConfig:
         channels_last: memory layout; many times faster for depth-wise layers on CPUs.
         threads: torch threads; pinned, because they change the bits of sums.
         checkpoint_s: seconds between checkpoints; 0 writes one after every step.
+        callback: ``module:name`` of code of the user's own in trainings by ``train``, see ``Callback``.
     """
 
     epochs: float = 5.0
@@ -71,6 +75,7 @@ class TrainConfig:
     threads: int = 1
     seed: int = 0
     checkpoint_s: float = 20.0
+    callback: str | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("batch_size", 1), ("threads", 1), ("seed", 0)):
@@ -145,19 +150,23 @@ def train(
         folder: holds the checkpoint; the same call again goes on from it (or returns at once where it had finished).
 
     Raises:
-        InputError: the checkpoint belongs to another run, the folder cannot be written, or the loss is not finite.
+        InputError: the checkpoint belongs to another run, the folder cannot be written, the loss is not finite, or the
+            callback fails.
 
     Example:
         >>> train(model, task, TrainConfig(epochs=3), folder=Path("run/winner"))      # doctest: +SKIP
     """
     config = config or TrainConfig()
+    steered = None if config.callback is None else OwnSteps(config.callback)
 
-    def step(_: int, batch: Batch) -> Tensor:
-        loss = task.loss(model(batch[0]), batch)
+    def step(number: int, batch: Batch) -> Tensor:
+        loss = task.loss(model(batch[0]), batch) if steered is None else steered.loss(batch, task, number)
         loss.backward()
         return loss.detach()
 
-    return run_steps(model, task.train, config, step, folder=folder, progress=progress, identity={"kind": "train"})
+    return run_steps(
+        model, task.train, config, step, folder=folder, progress=progress, identity={"kind": "train"}, steered=steered
+    )
 
 
 def run_steps(
@@ -170,6 +179,7 @@ def run_steps(
     own: Mapping[str, OwnRate] | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
+    steered: OwnSteps | None = None,
 ) -> TrainReport:
     """Take all steps that are left, each: zero gradients, ``step``, SGD update; write checkpoints on the way.
 
@@ -178,6 +188,7 @@ def run_steps(
         step: must derive what is random in it from its number alone.
         identity: what else makes this run what it is; a checkpoint of another identity is refused.
         own: names of parameters that learn in a group of their own.
+        steered: the user's callback, where there is one (``step`` asks it for the loss).
     """
     total = config.total_steps(len(examples))
     shuffle = Shuffle(len(examples), config.batch_size, config.seed)
@@ -187,8 +198,11 @@ def run_steps(
     with settings(config), strided_inputs(model), processes.whole_batch_statistics(model):
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimiser = _optimiser(model, config, own or {})
-        state = _State(model, optimiser, folder, whole)
+        if steered is not None:
+            torch.manual_seed(torch_seed(config.seed, "callback"))
+            steered.begin(model, config, total)
+        optimiser, foreign = _optimiser(model, config, own or {}, steered)
+        state = _State(model, optimiser, folder, whole, foreign, {} if steered is None else steered.state())
         if state.step == 0:
             state.save()  # where a run starts from belongs to it: a new process may draw other first weights
         written = time.monotonic()
@@ -202,12 +216,17 @@ def run_steps(
             with background_lock(waiting):
                 chunk_end = time.monotonic() + _LOCK_S  # from now: waiting for the lock is not the chunk's time
                 while state.step < total and time.monotonic() < chunk_end:
-                    state.note(_one_step(state.step, total, examples, shuffle, config, step, optimiser), total)
+                    loss = _one_step(state.step, total, examples, shuffle, config, step, optimiser, steered)
+                    state.note(loss, total)
+                    if steered is not None:
+                        steered.after_step(state.step - 1, total, loss)
                     if state.step == total or time.monotonic() - written >= config.checkpoint_s:
                         state.save()
                         written = time.monotonic()
             if progress is not None:
                 progress(state.step, total, f"loss {state.recent_loss():.3f}")
+        if steered is not None:
+            steered.end()
         model.eval()
     return TrainReport(total, total * shuffle.batch_size, tuple(state.history))
 
@@ -276,24 +295,37 @@ class _State:
     """Where a training stands, and its checkpoint."""
 
     def __init__(
-        self, model: nn.Module, optimiser: torch.optim.SGD, folder: Path | None, identity: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        folder: Path | None,
+        identity: Mapping[str, Any],
+        foreign: bool,
+        more: Mapping[str, Tensor],
     ) -> None:
         self.step = 0
         self.history: list[tuple[int, float]] = []
         self._sum, self._count = 0.0, 0
         self._identity = identity
         self._path = folder / checkpoint.NAME if folder is not None else None
+        self._model, self._foreign = model, optimiser if foreign else None
         self._tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        self._tensors |= {f"callback.{name}": value for name, value in more.items()}
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not foreign:
                 self._tensors[f"momentum.{name}"] = optimiser.state[parameter]["momentum_buffer"]
+        memory: Any = None
         first = processes.rank() == 0
         if first and self._path is not None and (found := checkpoint.load(self._path, identity=identity)) is not None:
             tensors, self.step, notes = found
             checkpoint.copy_into(self._tensors, tensors, self._path)
             self.history = [(int(step), float(loss)) for step, loss in notes["history"]]
             self._sum, self._count = float(notes["sum"]), int(notes["count"])
+            mine = {name.removeprefix(_OPTIMISER): t for name, t in tensors.items() if name.startswith(_OPTIMISER)}
+            memory = mine, notes.get("optimiser", {})
         processes.tensors_from_first(list(self._tensors.values()))
+        if self._foreign is not None and (memory := processes.from_first(memory)) is not None:
+            put_back(self._foreign, model, *memory)
         self.step, self.history, self._sum, self._count = processes.from_first(
             (self.step, self.history, self._sum, self._count)
         )
@@ -313,8 +345,12 @@ class _State:
     def save(self) -> None:
         """Write the checkpoint, where there is a folder."""
         if self._path is not None and processes.rank() == 0:
-            notes = {"history": self.history, "sum": self._sum, "count": self._count}
-            checkpoint.save(self._path, self._tensors, step=self.step, identity=self._identity, notes=notes)
+            notes: dict[str, Any] = {"history": self.history, "sum": self._sum, "count": self._count}
+            tensors = self._tensors
+            if self._foreign is not None:
+                memory, notes["optimiser"] = remembered(self._foreign, self._model)
+                tensors = tensors | {f"{_OPTIMISER}{name}": value for name, value in memory.items()}
+            checkpoint.save(self._path, tensors, step=self.step, identity=self._identity, notes=notes)
 
 
 def _one_step(
@@ -324,7 +360,8 @@ def _one_step(
     shuffle: Shuffle,
     config: TrainConfig,
     run: Step,
-    optimiser: torch.optim.SGD,
+    optimiser: torch.optim.Optimizer,
+    steered: OwnSteps | None,
 ) -> float:
     batch = training_batch(step, examples, shuffle, config)
     torch.manual_seed(torch_seed(config.seed, "torch", step))  # dropout and the like
@@ -340,11 +377,17 @@ def _one_step(
     if not np.isfinite(loss):
         rate = config.learning_rate
         raise DivergedError(f"the loss is {loss} at step {step} of {total}; lower learning_rate ({rate})")
-    optimiser.step()
+    if steered is None:
+        optimiser.step()
+    else:
+        steered.update(optimiser, step)
     return loss
 
 
-def _optimiser(model: nn.Module, config: TrainConfig, own: Mapping[str, OwnRate]) -> torch.optim.SGD:
+def _optimiser(
+    model: nn.Module, config: TrainConfig, own: Mapping[str, OwnRate], steered: OwnSteps | None
+) -> tuple[torch.optim.Optimizer, bool]:
+    """The optimiser, and whether it is the user's own."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     parameters = [parameter for _, parameter in named]
     common = [parameter for name, parameter in named if name not in own]
@@ -362,17 +405,16 @@ def _optimiser(model: nn.Module, config: TrainConfig, own: Mapping[str, OwnRate]
         }
         for rate in dict.fromkeys(own.values())
     ]
+    groups = [group for group in groups if group["params"]]
+    if steered is not None and (found := steered.optimiser(groups, config)) is not None:
+        return found, True
     # one tensor at a time: the grouped kernels may round differently for other strides
     optimiser = torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        foreach=False,
+        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, foreach=False
     )
     for parameter in parameters:  # torch would create them at the first step, with the gradient's strides
         optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimiser
+    return optimiser, False
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

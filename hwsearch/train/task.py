@@ -6,6 +6,8 @@ Nothing else in hwsearch knows what is learnt. A metric that is not a mean over 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -81,12 +83,18 @@ class Classification:
             raise InputError(f"label_smoothing is {self.label_smoothing}; give 0 or more and below 1")
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy, label-smoothed."""
-        return functional.cross_entropy(output, batch[1], label_smoothing=self.label_smoothing)
+        """Mean cross-entropy, label-smoothed.
+
+        Raises:
+            InputError: a class that the network has no output for.
+        """
+        with _classes_fit(output, batch[1]):
+            return functional.cross_entropy(output, batch[1], label_smoothing=self.label_smoothing)
 
     def tally(self, output: Tensor, batch: Batch) -> Tensor:
         """(sum of negative log-likelihoods, number right, number of examples)."""
-        loss = functional.cross_entropy(output.double(), batch[1], reduction="sum")
+        with _classes_fit(output, batch[1]):
+            loss = functional.cross_entropy(output.double(), batch[1], reduction="sum")
         right = (output.argmax(dim=1) == batch[1]).sum()
         return torch.stack([loss, right.double(), torch.tensor(float(len(output)), dtype=torch.float64)])
 
@@ -98,6 +106,18 @@ class Classification:
     def imitate(self, output: Tensor, teacher: Tensor) -> Tensor:
         """Cross-entropy against the teacher's probabilities."""
         return functional.cross_entropy(output, teacher.softmax(dim=1))
+
+
+@contextmanager
+def _classes_fit(output: Tensor, classes: Tensor) -> Iterator[None]:
+    """A class beyond the outputs is the user's to mend, and told when it is met: reading all targets may be slow."""
+    try:
+        yield
+    except IndexError as error:
+        raise InputError(
+            f"the data has class {int(classes.max())}, but the network has {output.shape[1]} outputs (classes 0 to "
+            f"{output.shape[1] - 1}): give the network as many outputs as there are classes, or number them from 0"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -166,7 +186,7 @@ class Regression:
 def load_task(
     data: str,
     *,
-    valid: int = 5000,
+    valid: int | None = None,
     limit_to: int | None = None,
     seed: int = 0,
     label_smoothing: float = 0.0,
@@ -180,10 +200,11 @@ def load_task(
     Args:
         data: ``fashion-mnist``, ``synthetic`` (no files needed), ``segmentation``, ``detection`` or ``translation``
             (pictures made of Fashion-MNIST's garments, see ``load_garments``), or a folder. Its layout is recognised:
-            Fashion-MNIST's four IDX files, ImageNet's class folders, CIFAR-10's binary files, or CelebA's attributes
-            (multi-label).
+            Fashion-MNIST's four IDX files, ImageNet's class folders, a folder a class, CIFAR-10's binary files, or
+            CelebA's attributes (multi-label). Or an ``.npz`` file, see ``load_npz``. Code is never run for a name:
+            ``own_data.load_own`` is for that.
         size: side of the images, where they are cut from files.
-        valid: training examples held out for choosing.
+        valid: training examples held out for choosing; None: a fifth, at most 5000.
         limit_to: at most this many training examples (held-out ones included); ``None``: all.
         seed: of the split and of the limit.
         folder: where the garments are, if not in a usual place.
@@ -192,6 +213,12 @@ def load_task(
         InputError: the name is neither known nor a folder, a setting is none of this data, or files are missing or
             damaged.
     """
+    if data.endswith(".npz"):
+        from hwsearch.train.own_data import load_file
+
+        return load_file(
+            data, valid=valid, limit_to=limit_to, seed=seed, label_smoothing=label_smoothing, shift=shift, flip=flip
+        )
     if data in GARMENTS:
         from hwsearch.train.garments import load_garments
 
@@ -199,7 +226,7 @@ def load_task(
             raise InputError(
                 f"label_smoothing, shift and flip are for classes of whole images, not {data}: leave them out"
             )
-        return load_garments(data, folder, count=limit_to, valid=valid, seed=seed)
+        return load_garments(data, folder, count=limit_to, valid=5000 if valid is None else valid, seed=seed)
     whole: Examples
     test: Examples
     if data == "synthetic":
@@ -214,11 +241,14 @@ def load_task(
         whole, test = folders.class_folders(data, size=size)
     elif any((Path(data) / name).exists() for name in ("cifar-10-batches-bin", "data_batch_1.bin")):
         whole, test = folders.cifar10(data, shift=shift, flip=flip)
+    elif folders.has_class_folders(data):
+        whole, test = folders.unsplit_class_folders(data, size=size, seed=seed)
     elif Path(data).is_dir():
         whole, test = load_fashion_mnist(data, shift=shift, flip=flip)
     else:
         raise InputError(
-            f"data {data!r} is neither fashion-mnist, synthetic, {', '.join(GARMENTS)} nor a folder; name one of these"
+            f"data {data!r} is neither fashion-mnist, synthetic, {', '.join(GARMENTS)}, a folder nor an .npz file; "
+            "name one of these"
         )
     train, held_out = split(limit(whole, limit_to, seed), valid, seed)
     return Classification(train, held_out, label_smoothing), test

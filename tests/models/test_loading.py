@@ -60,7 +60,7 @@ def test_a_reference_model() -> None:
     ("spec", "message"),
     [
         ("my_networks_for_test:absent", "has no 'absent'; it has bad, good, number"),
-        ("my_networks_for_test:bad", "fails: ValueError: no weights here$"),
+        ("my_networks_for_test:bad", r"fails: ValueError: no weights here \(my_networks_for_test\.py:10\)$"),
         ("my_networks_for_test:number", "returned int, not a torch.nn.Module"),
         ("my_networks_for_test:size", "is a int, not a function"),
         ("no_such_package_for_test.models:make", "no Python module 'no_such_package_for_test'"),

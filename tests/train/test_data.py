@@ -12,7 +12,6 @@ import torch
 
 from hwsearch.errors import InputError, SchemaError
 from hwsearch.train.data import (
-    DatasetExamples,
     Examples,
     Shuffle,
     TensorExamples,
@@ -137,16 +136,6 @@ def test_identity_tells_data_apart() -> None:
 def test_in_order_yields_everything_once() -> None:
     targets = torch.cat([batch[1] for batch in in_order(numbered(count=11), 4)])
     assert targets.tolist() == list(range(11))
-
-
-def test_any_torch_data_set_serves() -> None:
-    dataset = torch.utils.data.TensorDataset(torch.arange(12.0).view(6, 2), torch.arange(6))
-    examples = DatasetExamples(dataset, name="counting")
-    assert isinstance(examples, Examples)
-    inputs, targets = examples.take(np.array([5, 0]))
-    assert inputs.tolist() == [[10.0, 11.0], [0.0, 1.0]]
-    assert targets.tolist() == [5, 0]
-    assert examples.identity == "dataset counting 6"
 
 
 def test_streams_are_independent_and_negative_seeds_are_refused() -> None:
