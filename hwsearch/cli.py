@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from hwsearch.cli_device import device_app
-from hwsearch.cli_shared import Allow, DeviceName, Input, Json, Model, Unfolded, show_facts, show_result
+from hwsearch.cli_shared import Allow, DeviceName, Input, Json, Model, Ray, Unfolded, show_facts, show_result
 from hwsearch.console import Console
 from hwsearch.errors import HwsearchError, InputError
 
@@ -52,38 +52,41 @@ def main() -> None:
 
 @app.command()
 def profile(
-    device: DeviceName,
+    device: Annotated[
+        list[str], typer.Option("--device", "-d", help="A device, or the path of its TOML file; repeated for several.")
+    ],
     minutes: Annotated[float, typer.Option(help="Device time to spend in all, earlier runs counted in.")] = 5.0,
     target: Annotated[float | None, typer.Option(help="Stop early at this mean error held out, in per cent.")] = None,
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Cover this model's widths too.")] = None,
     input: Input = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampled networks.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on with an earlier campaign, or start again.")] = True,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Measure networks into latency_tables/NAME/. Example: hwsearch profile --device simulated --minutes 0.2"""
-    from hwsearch.device.session import open_session
+    from hwsearch.campaigns import Campaign, profile_all, profile_one
     from hwsearch.device.spec import Device
-    from hwsearch.model_argument import templates_of
-    from hwsearch.preparation import ensure_checked, profile_device
+    from hwsearch.train.cluster import joined
 
     talk = Console(json=as_json)
-    known = Device.load(device)
-    templates = templates_of(model or [], input)
-    with open_session(known, message=talk.say) as session:
-        ensure_checked(known, session, talk)
-        table = profile_device(
-            known, session, talk, minutes=minutes, templates=templates, seed=seed, resume=resume,
-            target=None if target is None else target / 100,
-        )  # fmt: skip
-    facts = {
-        "device": known.name,
-        "folder": str(known.table_folder),
-        "networks": len(table.networks),
-        "kernels": sum(len(network.kernels) for network in table.networks),
-        "noise_floor": table.noise_floor,
-    }
-    show_result(as_json, facts, lambda console: show_facts(console, f"Profiled {known.name}", facts))
+    share = None if target is None else target / 100
+    campaign = Campaign(minutes, share, tuple(model or ()), input, seed, resume)
+    known = [Device.load(name) for name in device]
+    if len(known) == 1 and ray is None:
+        facts = profile_one(known[0], campaign, talk).facts()
+        show_result(as_json, facts, lambda console: show_facts(console, f"Profiled {known[0].name}", facts))
+        return
+    with joined(ray, talk.say) as cluster:
+        found = profile_all(known, campaign, talk.say, cluster)
+
+    def show(console: Console) -> None:
+        for one in found:
+            show_facts(console, f"{'Not profiled:' if one.error else 'Profiled'} {one.device}", one.facts())
+
+    show_result(as_json, {"devices": [one.facts() for one in found]}, show)
+    if status := max(one.status for one in found):
+        raise typer.Exit(status)
 
 
 @app.command()
@@ -228,6 +231,7 @@ def search(
         typer.Option("--budget", "-b", help="DEVICE:MS, such as x86-ort-1t:3.0; once for each device."),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on in this run folder.")] = None,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Search only: profile and fit where needed, then search.
@@ -238,6 +242,7 @@ def search(
     from hwsearch.config_options import search_config
     from hwsearch.pipeline import search as run_search
     from hwsearch.preparation import prepare
+    from hwsearch.train.cluster import joined
 
     if config is not None:
         settings = RunConfig.load(config)
@@ -247,7 +252,8 @@ def search(
         )
     if settings.search.budgets is not None:
         raise InputError("search.budgets asks for a family of networks: use hwsearch run, or give one budget")
-    with prepare(settings, Console(json=as_json)) as ready:
+    talk = Console(json=as_json)
+    with joined(ray, talk.say), prepare(settings, talk) as ready:
         result = run_search(ready)
     rows = [[name, str(width)] for name, width in zip(result.groups, result.choice.widths, strict=True)]
 
@@ -364,23 +370,25 @@ def report(
 
 
 @app.command()
-def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], as_json: Json = False) -> None:
+def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], ray: Ray = None, as_json: Json = False) -> None:
     """The whole path, from profile to report. Example: hwsearch run examples/simulated.toml"""
     from hwsearch.comparison import comparison_table
     from hwsearch.config import RunConfig
     from hwsearch.family import Family, run_family
     from hwsearch.pipeline import Outcome
     from hwsearch.pipeline import run as run_path
+    from hwsearch.train.cluster import joined
 
     settings, talk = RunConfig.load(config), Console(json=as_json)
     ended: Outcome | Family
-    if settings.search.budgets is not None:
-        ended = run_family(settings, talk)
-        verdicts = {member.folder.name: member.verdicts[0] for member in ended.members}
-    else:
-        ended = run_path(settings, talk)
-        names = (settings.device.name, *(further.name for further in settings.devices))
-        verdicts = dict(zip(names, ended.verdicts, strict=True))
+    with joined(ray, talk.say):
+        if settings.search.budgets is not None:
+            ended = run_family(settings, talk)
+            verdicts = {member.folder.name: member.verdicts[0] for member in ended.members}
+        else:
+            ended = run_path(settings, talk)
+            names = (settings.device.name, *(further.name for further in settings.devices))
+            verdicts = dict(zip(names, ended.verdicts, strict=True))
     columns, rows = comparison_table(ended.rows, ended.metric_name)
 
     def show(console: Console) -> None:

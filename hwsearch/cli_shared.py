@@ -26,6 +26,10 @@ Unfolded = Annotated[
     bool,
     typer.Option("--allow-unfolded", help="Take the model as it stands: neither fold it, nor refuse an unfolded file."),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", help="Use a Ray cluster: auto, host:port of its head, or local (processes of this machine)."),
+]
 Input = Annotated[str | None, typer.Option("--input", "-i", help="Shape of one inference, such as 1x3x224x224.")]
 
 

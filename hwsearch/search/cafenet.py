@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from hwsearch.search.baselines import importances, knapsack, uniform_choices
 from hwsearch.search.bins import levels, reduce_space
 from hwsearch.search.cafenet_config import SHARINGS, STARTS, CafeNetConfig
 from hwsearch.search.evolution import Candidate, evolve
+from hwsearch.search.fan_out import Candidates
 from hwsearch.search.finalists import Finalists, unlike
 from hwsearch.search.floor import fastest_above, front
 from hwsearch.search.grid import WidthGrid, Widths
@@ -34,7 +36,7 @@ from hwsearch.search.supernet import SuperNet
 from hwsearch.search.supernet_training import min_min_step, train_supernet
 from hwsearch.search.winner import finish, train_choice
 from hwsearch.train.data import Examples
-from hwsearch.train.loop import DivergedError, Progress, evaluate
+from hwsearch.train.loop import Progress, evaluate
 from hwsearch.train.seeds import generator
 from hwsearch.train.task import Classification, Evaluation, Task
 
@@ -170,7 +172,11 @@ class _Job:
         self.short = replace(short, steps=steps)
         belongs = {"context": self.digest, "steps": steps}
         path = run.state / "finalists.jsonl" if self.config.finalists else None
-        self.finalists = Finalists(self.train_shortly, path, belongs)
+        doing = Candidates(scorer, self.short, titled(progress, "finalists"))
+        crew = doing.crew()
+        if crew is not None:
+            scorer.spread = partial(crew, "loss")
+        self.finalists = Finalists(doing.trained, path, belongs, crew)
 
     def settle(self) -> tuple[Settled, Sequence[Candidate]]:
         """Evolve under the budget; where it can measure, measure the best and search again under the correction."""
@@ -260,16 +266,6 @@ class _Job:
         others = [candidate for candidate in candidates if candidate not in forced]
         rest = unlike(others, self.config.finalists - len(forced), self.space.full().widths, forced)
         return self.finalists.ranked([*rest, *forced])
-
-    def train_shortly(self, widths: tuple[int, ...]) -> float:
-        """Held-out loss of one choice that inherits the shared weights and is fine-tuned for a share of a training."""
-        from hwsearch.graph.widths import WidthChoice
-
-        small = self.net.extract(self.scorer.pattern(WidthChoice(widths)), self.scorer.calibration())
-        try:
-            return finish(small, self.task, self.short, progress=titled(self.progress, "finalists"))[1].loss
-        except DivergedError:
-            return float("inf")  # one that cannot be trained is the last, not the end of the search
 
     def told(self) -> Sequence[Candidate]:
         """All scored candidates under the budget as it was given, so that they are told alike, best first."""

@@ -22,6 +22,7 @@ from hwsearch.train import processes
 
 if TYPE_CHECKING:
     from hwsearch.search.evolution import Candidate
+    from hwsearch.train.cluster import Crew
 
 #: A choice's widths -> its held-out loss after a short training.
 ShortTraining = Callable[[tuple[int, ...]], float]
@@ -38,6 +39,7 @@ class Finalists:
         train: see ``ShortTraining``; must give the same loss for the same widths.
         path: the journal; None: kept in memory only.
         belongs: what the losses depend on, as plain JSON values.
+        crew: workers whose ``trained`` gives the same losses; None: one after another, here.
 
     Raises:
         InputError: the journal belongs to another search, or cannot be written.
@@ -45,9 +47,13 @@ class Finalists:
     """
 
     def __init__(
-        self, train: ShortTraining, path: Path | None = None, belongs: Mapping[str, Any] | None = None
+        self,
+        train: ShortTraining,
+        path: Path | None = None,
+        belongs: Mapping[str, Any] | None = None,
+        crew: Crew | None = None,
     ) -> None:
-        self._train = train
+        self._train, self._crew = train, crew
         path = path if processes.rank() == 0 else None
         header = {"schema": SCHEMA, "version": VERSION, **(belongs or {})}
         self._journal = Journal(path, header) if path else None
@@ -62,19 +68,24 @@ class Finalists:
 
     def ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates, best first, their losses replaced by those after the short training."""
+        missing = [candidate.choice.widths for candidate in candidates if candidate.choice.widths not in self.known]
+        if self._crew is not None and len(missing) > 1:
+            self._crew("trained", missing, self._keep)
         judged = [replace(candidate, loss=self.loss(candidate.choice.widths)) for candidate in candidates]
         return sorted(judged, key=lambda candidate: (candidate.loss, candidate.ms, candidate.choice.widths))
 
     def loss(self, widths: tuple[int, ...]) -> float:
         """The held-out loss of one choice after its short training."""
         if widths not in self.known:
-            loss = float(self._train(widths))
-            if math.isnan(loss):
-                raise InternalError(f"a short training of {widths} gave no loss")
-            self.known[widths] = loss
-            if self._journal:
-                self._journal.append({"widths": list(widths), "loss": loss if math.isfinite(loss) else None})
+            self._keep(widths, float(self._train(widths)))
         return self.known[widths]
+
+    def _keep(self, widths: tuple[int, ...], loss: float) -> None:
+        if math.isnan(loss):
+            raise InternalError(f"a short training of {widths} gave no loss")
+        self.known[widths] = loss
+        if self._journal:
+            self._journal.append({"widths": list(widths), "loss": loss if math.isfinite(loss) else None})
 
 
 def unlike(

@@ -15,7 +15,7 @@ import numpy as np
 from hwsearch.errors import InternalError, SchemaError
 from hwsearch.search.grid import Widths, row_keys
 from hwsearch.search.journal import Journal
-from hwsearch.train import processes
+from hwsearch.train import cluster, processes
 
 if TYPE_CHECKING:
     from hwsearch.search.budget import Floats
@@ -40,7 +40,9 @@ class Scores:
     """
 
     def __init__(self, score: Score, batch: int, path: Path | None, belongs: Mapping[str, Any]) -> None:
-        self._score, self._batch = score, max(batch, processes.count())
+        joined = cluster.current()
+        # of several processes, or of a cluster, each part has something to do
+        self._score, self._batch = score, max(batch, processes.count(), 2 * joined.processors if joined else 1)
         path = path if processes.rank() == 0 else None
         self._journal = Journal(path, {"schema": SCHEMA, "version": VERSION, **belongs}) if path else None
         self._known: dict[tuple[int, ...], float] = {}

@@ -11,6 +11,7 @@ Huang (2019), section 3.3.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,16 +99,28 @@ class Scorer:
         self._calibration_examples = limit(task.train, self.config.calibration_images, self.training.seed)
         self._calibration = self._laid_out(self._calibration_examples)
         self._known: dict[tuple[int, ...], float] = {}
+        #: where several choices at once are handed to others that know the same losses (a cluster's workers)
+        self.spread: Callable[[Sequence[tuple[int, ...]]], Sequence[float]] | None = None
 
     def __call__(self, choices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Losses (N,) of widths (N, G)."""
         with settings(self.training):
             keys = [tuple(row) for row in np.asarray(choices).tolist()]
             missing = [key for key in dict.fromkeys(keys) if key not in self._known]
+            if self.spread is not None and missing:
+                self._known.update(zip(missing, self.spread(missing), strict=True))
+                missing = []
             # Of several processes, each scores some of the choices; all of them know all losses.
             mine = missing[processes.rank() :: processes.count()]
             self._known.update(processes.gathered([(key, self._loss(key)) for key in mine]))
             return np.asarray([self._known[key] for key in keys], dtype=np.float64)
+
+    def loss(self, widths: tuple[int, ...]) -> float:
+        """The loss of one choice."""
+        with settings(self.training):
+            if widths not in self._known:
+                self._known[widths] = self._loss(widths)
+            return self._known[widths]
 
     def calibration(self) -> list[Batch]:
         """The batches that statistics are measured on."""

@@ -1,0 +1,177 @@
+"""A search and campaigns on a real Ray cluster of two workers, one killed half-way: nothing is lost or changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hwsearch.campaigns import FILES, Campaign, profile_all
+from hwsearch.device.spec import Device
+from hwsearch.graph.widths import WidthSpace
+from hwsearch.search.budget import Budget, Limit, MegaMacs
+from hwsearch.search.cafenet import CafeNet, CafeNetConfig
+from hwsearch.search.evolution import EvolutionSettings
+from hwsearch.search.scoring import ScoringConfig
+from hwsearch.train import cluster
+from hwsearch.train.data import Batch, synthetic_images
+from hwsearch.train.loop import TrainConfig
+from hwsearch.train.task import Classification
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'hwsearch[ray]'")
+
+pytestmark = pytest.mark.long
+
+#: Judging a choice takes four batches, and a worker's proof two choices: it dies in the middle of its first item.
+PROOF, BATCHES = 8, 4
+
+
+@dataclass(frozen=True)
+class Deadly(Classification):
+    """Once, in a process other than ``home``, ends it as ``kill -9`` does."""
+
+    mark: str = ""
+    home: int = 0
+
+    def tally(self, output: Tensor, batch: Batch) -> Tensor:
+        seen = self.__dict__["seen"] = self.__dict__.get("seen", 0) + 1
+        if os.getpid() == self.home:
+            if cluster.current() is not None and not Path(self.mark).exists():
+                time.sleep(0.2)  # or this process had judged everything before a worker has started
+        elif seen == PROOF + BATCHES // 2:
+            with contextlib.suppress(FileExistsError):  # of two that come here together one dies
+                Path(self.mark).touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().tally(output, batch)
+
+
+def search(folder: Path, mark: Path) -> dict[str, Any]:
+    """A whole small search: super-network, evolution, finalists, winner; everything that it gives, bit for bit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )  # fmt: skip
+    space = WidthSpace.from_model(model, torch.zeros(1, 1, 8, 8), quantum=1)
+    task = Deadly(
+        synthetic_images(96, classes=4, shape=(1, 8, 8), seed=1),
+        synthetic_images(64, classes=4, shape=(1, 8, 8), seed=2),
+        mark=str(mark),
+        home=os.getpid(),
+    )
+    training = TrainConfig(steps=6, batch_size=16, learning_rate=0.05, checkpoint_s=0)
+    config = CafeNetConfig(
+        training=training, winner=training, bins="none", finalists=3, finalist_share=0.5,
+        scoring=ScoringConfig(calibration_images=32, images=None, batch_size=16),
+        evolution=EvolutionSettings(population=8, generations=4),
+    )  # fmt: skip
+    budget = Budget([Limit(MegaMacs(space), space.macs(space.full()) / 2e6)])
+    result = CafeNet(space, budget, config, model=model, folder=folder).search(task, None)
+    assert result.model is not None
+    bits = hashlib.sha256()
+    for value in result.model.state_dict().values():
+        bits.update(value.detach().contiguous().numpy().tobytes())
+    return {"weights": bits.hexdigest(), "result": result.to_dict(), "losses": lines(folder / "state/losses.jsonl")}
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def two_workers() -> Iterator[Any]:
+    """A cluster of two workers on this machine, which also offers two devices."""
+    # workers cannot import this file: what it defines is sent along
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local", num_cpus=2, resources={"device-one": 1, "device-two": 1}, include_dashboard=False,
+        log_to_driver=False, logging_level="ERROR",
+    )  # fmt: skip
+    yield ray
+    ray.shutdown()
+
+
+def test_a_search_on_a_cluster_is_the_search_of_one_process(two_workers: Any, tmp_path: Path) -> None:
+    alone = search(tmp_path / "alone", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    said: list[str] = []
+    with cluster.joined("auto", said.append) as joined:
+        assert joined is not None
+        spread = search(tmp_path / "spread", tmp_path / "died")
+        (crew,) = joined._crews
+    assert (tmp_path / "died").exists(), "no worker was killed"
+    assert crew.lost == 1
+    assert len(said) == 1
+    assert "a worker was lost" in said[0]
+    assert crew.done_here < len(alone["losses"]), "everything was done at home"
+    assert spread == alone
+    assert lines(tmp_path / "spread/state/finalists.jsonl")[0] == lines(tmp_path / "alone/state/finalists.jsonl")[0]
+
+
+def journalled(device: Device) -> int:
+    """Visits that a device's journal holds so far."""
+    path = device.table_folder / "journal.sqlite"
+    if not path.exists():
+        return 0
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as journal:
+            return int(journal.execute("SELECT count(*) FROM visits").fetchone()[0])
+    except sqlite3.Error:
+        return 0
+
+
+def workers_of_campaigns() -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::") and b"_there" in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_campaigns_on_a_cluster_survive_the_death_of_a_worker(two_workers: Any, tmp_path: Path) -> None:
+    campaign = Campaign(minutes=0.12)
+    devices = [Device(name, "simulated", home=tmp_path / "home") for name in ("one", "two")]
+    (tmp_path / "home").mkdir()
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        end = time.monotonic() + 120
+        while not killed and time.monotonic() < end:
+            if journalled(devices[0]) >= 5 and (there := workers_of_campaigns()):
+                os.kill(there[0], signal.SIGKILL)
+                killed.append(there[0])
+            time.sleep(0.02)
+
+    reaper = threading.Thread(target=kill_one, daemon=True)
+    reaper.start()
+    said: list[str] = []
+    with cluster.joined("auto") as joined:
+        found = profile_all(devices, campaign, said.append, joined)
+    reaper.join()
+    assert killed, "no worker was killed"
+    assert [one.error for one in found] == ["", ""]
+    assert any(text.startswith("[one] profiling on ") for text in said)
+    alone = [replace(device, home=tmp_path / "alone") for device in devices]
+    plain = profile_all(alone, campaign, said.append)
+    assert [one.networks for one in plain] == [one.networks for one in found]
+    for mine, other in zip(devices, alone, strict=True):
+        for name in FILES:
+            assert (mine.table_folder / name).read_bytes() == (other.table_folder / name).read_bytes(), name
