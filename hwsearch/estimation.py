@@ -172,7 +172,9 @@ def estimate(
     from hwsearch.latency.predictor import OutOfRangeWarning
 
     onnx = network_of(argument, device, allow_unfolded=allow_unfolded, tell=tell)
-    kernels = session.lower([onnx], [argument.spec])[0]
+    # the runtime is asked once: a large network takes it half a second, and its graph is wanted for the memory too
+    optimised = session.optimise([onnx], [argument.spec])[0]
+    kernels = session.parse(optimised)
     with warnings.catch_warnings():
         # What is guessed is listed with the result.
         warnings.simplefilter("ignore", OutOfRangeWarning)
@@ -180,8 +182,8 @@ def estimate(
         note = "no stair edges: the model is looked at as it stands, unfolded" if allow_unfolded else ""
         explanation = explain_model(argument, onnx, kernels, session, predictor, told, note) if why else None
     # A pretended runtime plans no buffers: there the file is read as it stands.
-    graph = onnx if device.simulated else session.optimise([onnx], [argument.spec])[0]
-    return Estimate(argument.spec, device.name, kernels, found, peak_memory(graph), explanation)
+    memory = peak_memory(onnx if device.simulated else optimised)
+    return Estimate(argument.spec, device.name, kernels, found, memory, explanation)
 
 
 def explain_model(

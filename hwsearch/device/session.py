@@ -174,7 +174,11 @@ class DeviceSession:
         Raises:
             DeviceJobError: as :meth:`optimise`.
         """
-        return [self._runtime.parse(optimised) for optimised in self.optimise(networks, names)]
+        return [self.parse(optimised) for optimised in self.optimise(networks, names)]
+
+    def parse(self, optimised: bytes) -> tuple[Kernel, ...]:
+        """The kernels of one network as :meth:`optimise` gave it; asks nothing of the device."""
+        return tuple(self._runtime.parse(optimised))
 
     def time(
         self,
