@@ -181,8 +181,8 @@ def estimate(
         found = predictor.network(kernels)
         note = "no stair edges: the model is looked at as it stands, unfolded" if allow_unfolded else ""
         explanation = explain_model(argument, onnx, kernels, session, predictor, told, note) if why else None
-    # A pretended runtime plans no buffers: there the file is read as it stands.
-    memory = peak_memory(onnx if device.simulated else optimised)
+    # Only ONNX Runtime's own graph is an ONNX file; of the others' buffers the network as it stands gives an idea.
+    memory = peak_memory(optimised if device.runtime == "onnxruntime" else onnx)
     return Estimate(argument.spec, device.name, kernels, found, memory, explanation)
 
 
