@@ -14,7 +14,18 @@ from typing import Annotated, Any
 import typer
 
 from hwsearch.cli_device import device_app
-from hwsearch.cli_shared import Allow, DeviceName, Input, Json, Model, Ray, Unfolded, show_facts, show_result
+from hwsearch.cli_shared import (
+    Allow,
+    DeviceName,
+    Input,
+    Json,
+    Model,
+    Ray,
+    Unfolded,
+    on_cluster,
+    show_facts,
+    show_result,
+)
 from hwsearch.console import Console
 from hwsearch.errors import HwsearchError, InputError
 
@@ -67,7 +78,6 @@ def profile(
     """Measure networks into latency_tables/NAME/. Example: hwsearch profile --device simulated --minutes 0.2"""
     from hwsearch.campaigns import Campaign, profile_all, profile_one
     from hwsearch.device.spec import Device
-    from hwsearch.train.cluster import joined
 
     talk = Console(json=as_json)
     share = None if target is None else target / 100
@@ -77,7 +87,7 @@ def profile(
         facts = profile_one(known[0], campaign, talk).facts()
         show_result(as_json, facts, lambda console: show_facts(console, f"Profiled {known[0].name}", facts))
         return
-    with joined(ray, talk.say) as cluster:
+    with on_cluster(ray, talk) as cluster:
         found = profile_all(known, campaign, talk.say, cluster)
 
     def show(console: Console) -> None:
@@ -242,7 +252,6 @@ def search(
     from hwsearch.config_options import search_config
     from hwsearch.pipeline import search as run_search
     from hwsearch.preparation import prepare
-    from hwsearch.train.cluster import joined
 
     if config is not None:
         settings = RunConfig.load(config)
@@ -253,7 +262,7 @@ def search(
     if settings.search.budgets is not None:
         raise InputError("search.budgets asks for a family of networks: use hwsearch run, or give one budget")
     talk = Console(json=as_json)
-    with joined(ray, talk.say), prepare(settings, talk) as ready:
+    with on_cluster(ray, talk), prepare(settings, talk) as ready:
         result = run_search(ready)
     rows = [[name, str(width)] for name, width in zip(result.groups, result.choice.widths, strict=True)]
 
@@ -377,11 +386,10 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], ray: Ray =
     from hwsearch.family import Family, run_family
     from hwsearch.pipeline import Outcome
     from hwsearch.pipeline import run as run_path
-    from hwsearch.train.cluster import joined
 
     settings, talk = RunConfig.load(config), Console(json=as_json)
     ended: Outcome | Family
-    with joined(ray, talk.say):
+    with on_cluster(ray, talk):
         if settings.search.budgets is not None:
             ended = run_family(settings, talk)
             verdicts = {member.folder.name: member.verdicts[0] for member in ended.members}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,18 @@ Ray = Annotated[
     typer.Option("--ray", help="Use a Ray cluster: auto, host:port of its head, or local (processes of this machine)."),
 ]
 Input = Annotated[str | None, typer.Option("--input", "-i", help="Shape of one inference, such as 1x3x224x224.")]
+
+
+@contextlib.contextmanager
+def on_cluster(address: str | None, talk: Console) -> Iterator[Any]:
+    """Inside, a Ray cluster is joined, if one is named; what Ray itself prints goes where words go, not the results."""
+    from hwsearch.train.cluster import joined
+
+    if address is None:
+        yield None
+        return
+    with contextlib.redirect_stdout(sys.stderr), joined(address, talk.say) as cluster:
+        yield cluster
 
 
 def show_facts(console: Console, title: str, facts: dict[str, Any], *, indent: str = "") -> None:

@@ -112,10 +112,13 @@ def search(ready: Prepared) -> SearchResult:
     from hwsearch.graph.model_folder import save_model
     from hwsearch.reparam.fold import fold
     from hwsearch.search.winner import folds_before_slicing
+    from hwsearch.train.cluster import current
 
     config = ready.config
     wanted = " and ".join(f"{target.limit.max_ms:.4g} ms on {target.device.name}" for target in ready.targets)
     ready.console.step(f"Searching with {config.search.method} under {wanted}")
+    if current() is not None and config.search.method not in ("cafenet", "repnas"):
+        ready.console.say(f"  {config.search.method} has no candidates to hand out: the cluster is not used")
     task, _ = config.data.load(config.run.seed)
     searcher = _searcher(ready)
     with _stages(ready.console) as progress:

@@ -99,9 +99,12 @@ class Cluster:
         return crew
 
     def close(self) -> None:
-        """Let all workers go."""
+        """Let all workers go, and tell what they did."""
         for crew in self._crews:
             crew.close()
+        there, here = (sum(getattr(crew, name) for crew in self._crews) for name in ("done_there", "done_here"))
+        if there + here:
+            self.say(f"the cluster's workers did {there} of {there + here} candidates")
         self._crews.clear()
 
 
@@ -110,12 +113,12 @@ class Crew:
 
     Attributes:
         lost: workers that died.
-        done_here: items that were done in this process for want of a worker.
+        done_there, done_here: items that workers did, and those that were done in this process for want of one.
     """
 
     def __init__(self, cluster: Cluster, work: Work, threads: int) -> None:
         self._cluster, self._ray, self._work, self._threads = cluster, cluster.ray, work, threads
-        self.lost = self.done_here = 0
+        self.lost = self.done_there = self.done_here = 0
         self._hired = self._refused = 0
         self._idle: list[Any] = []
         self._proving: dict[Any, Any] = {}
@@ -166,6 +169,7 @@ class Crew:
                     self._hire(len(waiting))
                 else:
                     self._idle.append(worker)
+                    self.done_there += 1
                     finished(index, item, result)
         return [results[index] for index in range(len(items))]
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import signal
-import sqlite3
 import sys
 import threading
 import time
@@ -116,23 +115,17 @@ def test_a_search_on_a_cluster_is_the_search_of_one_process(two_workers: Any, tm
         (crew,) = joined._crews
     assert (tmp_path / "died").exists(), "no worker was killed"
     assert crew.lost == 1
-    assert len(said) == 1
     assert "a worker was lost" in said[0]
-    assert crew.done_here < len(alone["losses"]), "everything was done at home"
+    assert said[1:] == [f"the cluster's workers did {crew.done_there} of {crew.done_there + crew.done_here} candidates"]
+    assert crew.done_there > 0
     assert spread == alone
     assert lines(tmp_path / "spread/state/finalists.jsonl")[0] == lines(tmp_path / "alone/state/finalists.jsonl")[0]
 
 
-def journalled(device: Device) -> int:
-    """Visits that a device's journal holds so far."""
-    path = device.table_folder / "journal.sqlite"
-    if not path.exists():
-        return 0
-    try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as journal:
-            return int(journal.execute("SELECT count(*) FROM visits").fetchone()[0])
-    except sqlite3.Error:
-        return 0
+def half_way(device: Device) -> bool:
+    """Whether a campaign has written visits and not yet its table. Reading its journal would lock it out."""
+    log = device.table_folder / "journal.sqlite-wal"
+    return log.exists() and log.stat().st_size > 200_000 and not (device.table_folder / "networks.csv").exists()
 
 
 def workers_of_campaigns() -> list[int]:
@@ -155,7 +148,7 @@ def test_campaigns_on_a_cluster_survive_the_death_of_a_worker(two_workers: Any, 
     def kill_one() -> None:
         end = time.monotonic() + 120
         while not killed and time.monotonic() < end:
-            if journalled(devices[0]) >= 5 and (there := workers_of_campaigns()):
+            if half_way(devices[0]) and (there := workers_of_campaigns()):
                 os.kill(there[0], signal.SIGKILL)
                 killed.append(there[0])
             time.sleep(0.02)
@@ -166,7 +159,7 @@ def test_campaigns_on_a_cluster_survive_the_death_of_a_worker(two_workers: Any, 
     with cluster.joined("auto") as joined:
         found = profile_all(devices, campaign, said.append, joined)
     reaper.join()
-    assert killed, "no worker was killed"
+    assert killed, "no worker was killed half-way"
     assert [one.error for one in found] == ["", ""]
     assert any(text.startswith("[one] profiling on ") for text in said)
     alone = [replace(device, home=tmp_path / "alone") for device in devices]

@@ -131,7 +131,7 @@ def test_items_go_to_workers_and_come_back_in_order() -> None:
     assert ray.hired == 3
     assert ray.settings == {"num_cpus": 1, "max_restarts": 0}
     assert len({number for number, method in ray.calls if method == "work"}) > 1
-    assert (workers.lost, said) == (0, [])
+    assert (workers.lost, workers.done_there + workers.done_here, said) == (0, 8, [])
     assert workers("square", [5]) == [25]
     assert ray.hired == 3
     workers.close()
