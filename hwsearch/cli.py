@@ -1,11 +1,13 @@
 """The command line. One function a verb, each a few lines: parse, call, print.
 
 Results go to standard output (one JSON object under ``--json``), everything else to standard error. Exit status:
-0 done, 1 the answer is no, 2 bad input. No verb imports torch, onnxruntime or xgboost before it needs them.
+0 done, 1 the answer is no, 2 bad input, 3 a bug of hwsearch. No verb imports torch, onnxruntime or xgboost before it
+needs them.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,7 @@ from hwsearch.cli_shared import (
     show_facts,
     show_result,
 )
-from hwsearch.console import Console
+from hwsearch.console import Console, plain_text
 from hwsearch.errors import HwsearchError, InputError
 
 app = typer.Typer(
@@ -41,6 +43,10 @@ app.add_typer(device_app, name="device")
 
 def main() -> None:
     """Entry point of the ``hwsearch`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name from elsewhere may hold what this terminal's encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
     try:
         # Out of standalone mode a verb's Exit comes back as a value.
         code = app(standalone_mode=False)
@@ -52,12 +58,17 @@ def main() -> None:
         _fail("interrupted; the same command goes on where it was", 130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        where = f" ({str(error.filename)[:200]})" if error.filename else ""
+        _fail(f"the system refused: {error.strerror or error}{where}; mend that, then give the same command again", 2)
     except Exception as error:
         # typer's own complaints about arguments know how to show themselves.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(2)
-        raise
+        if isinstance(error, MemoryError) or "not enough memory" in str(error) or "allocate memory" in str(error):
+            _fail("this machine has not enough memory for that: take a smaller model, input or batch", 2)
+        _crashed(error)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -234,7 +245,7 @@ def search(
     model: Annotated[str | None, typer.Option("--model", "-m", help="package.module:factory or timm:name.")] = None,
     input: Input = None,
     data: Annotated[
-        str, typer.Option(help="fashion-mnist, synthetic, segmentation, detection, translation, or a folder of files.")
+        str, typer.Option(help="fashion-mnist, synthetic, a folder, an .npz file, or module:function of your data.")
     ] = "fashion-mnist",
     budget: Annotated[
         list[str] | None,
@@ -425,9 +436,29 @@ def _argument(model: str, shape: str | None, allow: str | None) -> Any:
     return load_model_argument(model, parse_inputs(shape) if shape else None, allow_factory=allow)
 
 
+def _crashed(error: Exception) -> None:
+    """A bug of ours. Its traceback helps whoever mends it: it goes to a file, or on with ``HWSEARCH_DEBUG`` set."""
+    import os
+    import tempfile
+    import traceback
+
+    if os.environ.get("HWSEARCH_DEBUG"):
+        raise error
+    told = traceback.format_exc()
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="hwsearch-bug-", suffix=".txt", delete=False) as file:
+            file.write(told.encode(errors="backslashreplace").decode())
+        where = file.name
+    except OSError:
+        sys.stderr.write(told)
+        where = "the lines above"
+    _fail(f"this is a bug in hwsearch ({type(error).__name__}: {error}); please report it, with {where}", 3)
+
+
 def _fail(message: str, code: int) -> None:
     """One line on standard error, whatever the message was made of."""
-    sys.stderr.write("hwsearch: error: " + " ".join(message.split()) + "\n")
+    line = plain_text(" ".join(message.split()))
+    sys.stderr.write(f"hwsearch: error: {line if len(line) <= 1000 else line[:997] + '...'}\n")
     sys.exit(code)
 
 

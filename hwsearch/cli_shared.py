@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
@@ -63,16 +64,25 @@ def show_facts(console: Console, title: str, facts: dict[str, Any], *, indent: s
 def show_result(as_json: bool, facts: Any, show: Callable[[Console], None]) -> None:
     """The result of a verb: one JSON object, or what ``show`` prints."""
     if as_json:
-        plain = {"items": facts} if isinstance(facts, list) else facts
+        plain = _finite({"items": facts} if isinstance(facts, list) else facts)
         sys.stdout.write(json.dumps(plain, default=_plain, sort_keys=True, allow_nan=False) + "\n")
     else:
         show(Console())
 
 
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have: NaN and infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return _finite(asdict(value))
     if isinstance(value, Path):
         return str(value)
     item = getattr(value, "item", None)
-    return item() if callable(item) else str(value)
+    return _finite(item()) if callable(item) else str(value)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unicodedata import category
 
 #: Called with (units done, units in all, a few words).
 Report = Callable[[float, float, str], None]
@@ -32,7 +33,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line of progress, on standard error."""
-        self._errors.print(text, markup=False)
+        self._errors.print(plain_text(text), markup=False)
 
     def step(self, text: str) -> None:
         """The title of a stage of a longer job."""
@@ -40,10 +41,9 @@ class Console:
 
     def show(self, renderable: Any) -> None:
         """A part of the result, on standard output; under ``--json`` it goes to standard error."""
-        if self.json:
-            self._errors.print(renderable)
-        else:
-            self._output.print(renderable)
+        # A text is shown as it is: names and paths may hold brackets, which are no markup of ours.
+        shown = plain_text(renderable) if isinstance(renderable, str) else renderable
+        (self._errors if self.json else self._output).print(shown, markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table of text; all columns but the first are numbers and stand to the right."""
@@ -101,7 +101,20 @@ class Console:
         return report
 
 
+def plain_text(text: str) -> str:
+    """A text of a file from elsewhere as a terminal may get it: what would move its cursor is spelt out.
+
+    Example:
+        >>> plain_text("net\\x1b[2J")
+        'net\\\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    control = ("Cc", "Cs")
+    return "".join(c if c in "\n\t" or category(c) not in control else ascii(c)[1:-1] for c in text)
+
+
 def _escaped(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(plain_text(text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from hwsearch.graph.onnx_build import OnnxTemplate
 
 _MAX_DIMENSION = 1 << 20
+#: Of an input: axes, and elements (4 GB of float32): more is a slip of the finger, and would take all memory.
+_MAX_AXES, _MAX_ELEMENTS = 8, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,16 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _check_size(shape: tuple[int, ...]) -> None:
+    """Raises InputError where no network has an input so large."""
+    if len(shape) > _MAX_AXES or math.prod(shape) > _MAX_ELEMENTS:
+        shown = _text(shape) if len(shape) <= _MAX_AXES else f"{_text(shape[:_MAX_AXES])}x..."
+        raise InputError(
+            f"the input shape {shown} has {len(shape)} axes and {math.prod(shape):.3g} elements: give at most "
+            f"{_MAX_AXES} axes and {_MAX_ELEMENTS:.3g} elements"
+        )
+
+
 def parse_inputs(text: str) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
     """The value of ``--input``: one shape, or ``name=shape`` for each input, joined by commas.
 
@@ -150,17 +164,19 @@ def load_model_argument(
         InputError, SchemaError, UnsupportedModelError: one line each: no such file, a damaged file, a factory that
             fails, an input shape that is missing or does not fit.
     """
+    for shape in input_shape.values() if isinstance(input_shape, Mapping) else [input_shape]:
+        _check_size(shape or ())
     path = Path(spec)
-    if path.suffix == ".onnx" or (path.is_file() and ":" not in spec):
+    if path.suffix == ".onnx" or (os.path.isfile(path) and ":" not in spec):
         onnx, shape = _pinned_onnx(path, input_shape)
         return ModelArgument(spec, shape, onnx=onnx)
     if isinstance(input_shape, Mapping):
         raise InputError(f"{spec} is no ONNX file and has one input: give its shape alone, such as --input 1x3x224x224")
-    if path.is_dir():
+    if os.path.isdir(path):
         return _from_folder(path, input_shape, allow_factory)
     if ":" not in spec:
         raise InputError(
-            f"there is no model {spec!r}: give an ONNX file, a folder that hwsearch wrote, timm:name, or "
+            f"there is no model {spec!r:.100}: give an ONNX file, a folder that hwsearch wrote, timm:name, or "
             "package.module:factory such as hwsearch.models.resnet:resnet18"
         )
     from hwsearch.graph.capture import try_forward
@@ -184,6 +200,7 @@ def _from_folder(folder: Path, input_shape: tuple[int, ...] | None, allow_factor
         raise InputError(f"{folder} holds no model.json: give a model folder, or the folder of a finished run")
     description = read_description(found)
     shape = description.input_shape
+    _check_size(shape)
     if input_shape is not None and input_shape != shape:
         raise InputError(f"the model in {found} takes {_text(shape)}, not {_text(input_shape)}: leave --input out")
     return ModelArgument(
@@ -247,6 +264,7 @@ def fold_model(argument: ModelArgument, output: Path | None, *, prove_it: bool) 
     from hwsearch.graph.onnx_build import export_onnx
     from hwsearch.reparam.check import prove
     from hwsearch.reparam.fold import fold
+    from hwsearch.search.journal import write_atomic
 
     module, example = argument.need_module(), argument.example_input
     folded = fold(module, example)
@@ -255,11 +273,8 @@ def fold_model(argument: ModelArgument, output: Path | None, *, prove_it: bool) 
         proof = prove(module, folded, argument.input_shape).require()
         facts["proof"] = proof.to_dict()
     if output is not None:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_bytes(export_onnx(folded, example))
-        except OSError as error:
-            raise InputError(f"cannot write {output}: {error.strerror}; choose a writable path") from error
+        # whole or not at all: a full disk must not cost the file that was there
+        write_atomic(output, export_onnx(folded, example))
         facts["onnx"] = str(output)
         if prove_it:
             proof.save(output.with_suffix(".fold.json"))

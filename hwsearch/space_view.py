@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ def space_of(
         raise InputError("give a model, or --config with a run's TOML file: one of the two")
     rules = [GroupRule(pattern, freeze=True) for pattern in freeze]
     lowest: int | float | None = minimum
+    if minimum is not None and not 0 < minimum < math.inf:
+        raise InputError(f"--minimum is {minimum}: give whole channels, or a share up to 1")
     if minimum is not None and minimum > 1:
         if minimum != int(minimum):
             raise InputError(f"--minimum is {minimum}: give whole channels, or a share up to 1")

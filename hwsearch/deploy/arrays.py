@@ -14,7 +14,7 @@ _HEADER = re.compile(
     r"\{'descr': '[<|]([fi])([0-9])', 'fortran_order': False, 'shape': \(((?:\d{1,9}, ?)*(?:\d{1,9})?)\), \} *\n",
     re.ASCII,
 )
-_DTYPES = ("float16", "float32", "float64", "int32", "int64")
+DTYPES = ("float16", "float32", "float64", "int32", "int64")
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -37,6 +37,6 @@ def parse_npy(content: bytes, name: str) -> np.ndarray:
         raise SchemaError(f"{name} is not a plain .npy array of numbers in C order: refused")
     dtype = np.dtype(f"<{header[1]}{header[2]}")
     shape = tuple(int(size) for size in re.findall("[0-9]+", header[3]))
-    if dtype.name not in _DTYPES or len(shape) > 8 or math.prod(shape) * dtype.itemsize != len(content) - end:
+    if dtype.name not in DTYPES or len(shape) > 8 or math.prod(shape) * dtype.itemsize != len(content) - end:
         raise SchemaError(f"{name} holds {dtype.name} {shape} by its header, but {len(content) - end} bytes of data")
     return np.frombuffer(content, dtype=dtype, offset=end).reshape(shape)

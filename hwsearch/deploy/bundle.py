@@ -13,9 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hwsearch.deploy.arrays import npy_bytes
+from hwsearch.deploy.arrays import DTYPES, npy_bytes
 from hwsearch.deploy.folder import write_folder
-from hwsearch.deploy.reader import MANIFEST, MAX_CASES, SCHEMA, VERSION, Bundle, Golden, is_bundle, read_bundle
+from hwsearch.deploy.reader import (
+    MANIFEST,
+    MAX_CASES,
+    SCHEMA,
+    VERSION,
+    Bundle,
+    Golden,
+    is_bundle,
+    listed_names,
+    read_bundle,
+)
 from hwsearch.errors import CheckFailedError, HwsearchError, InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -36,6 +46,8 @@ REPORT, CANARY = "quantisation.json", "canary.onnx"
 #: The fold's check, where something was folded.
 FOLD_PROOF = "fold.json"
 _KEYS = {"float": "reference"}
+#: What hwsearch itself puts beside a bundle, about that very bundle.
+_MADE_OF_IT = frozenset({"verdict.json", "report.html"})
 
 
 def deploy(
@@ -206,6 +218,12 @@ def _golden(model: nn.Module, example_input: torch.Tensor, cases: int, seed: int
             output = model(values)
             if not isinstance(output, torch.Tensor):
                 raise UnsupportedModelError(f"the model returns {type(output).__name__}: a bundle needs one tensor")
+            found = str(output.dtype).removeprefix("torch.")
+            if found not in DTYPES or not output.numel():
+                raise UnsupportedModelError(
+                    f"the model returns {found} of shape {tuple(output.shape)}: a bundle needs numbers to compare, of "
+                    + ", ".join(DTYPES)
+                )
             if not torch.isfinite(output).all():
                 raise CheckFailedError(f"the model's output on golden input {number} is not finite: check its weights")
             golden.append(Golden(values.detach().cpu().numpy(), output.cpu().numpy()))
@@ -243,5 +261,7 @@ def _refuse_foreign(folder: Path) -> None:
         raise InputError(f"cannot write {folder} ({error.strerror}): choose another folder") from error
     if not entries:
         return
-    if not is_bundle(folder):
-        raise InputError(f"{folder} holds other things ({', '.join(entries[:3])}): choose a new folder, or empty it")
+    # what is put in the place of an older bundle takes its files away, and nobody else's
+    own = listed_names(folder) | _MADE_OF_IT if is_bundle(folder) else frozenset()
+    if others := [name for name in entries if name not in own]:
+        raise InputError(f"{folder} holds other things ({', '.join(others[:3])}): choose a new folder, or empty it")

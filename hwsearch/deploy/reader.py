@@ -177,6 +177,17 @@ def is_bundle(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("schema") == SCHEMA
 
 
+def listed_names(folder: Path) -> frozenset[str]:
+    """The files that belong to a bundle of whatever version: its manifest and what that lists; none of another folder.
+
+    Raises:
+        SchemaError: the manifest cannot be read.
+    """
+    manifest = _parse(_read(folder, MANIFEST, _MAX_MANIFEST_BYTES))
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    return frozenset((MANIFEST, *files)) if isinstance(files, dict) else frozenset()
+
+
 _MILLISECONDS = ("budget_ms", "predicted_ms", "measured_ms", "noise_floor", "reference_ms")
 
 

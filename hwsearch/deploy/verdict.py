@@ -5,6 +5,7 @@ Standard library and numpy only: the same rules judge on a board.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -86,6 +87,8 @@ class Verdict:
             temporary.write_text(json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n")
             temporary.replace(target)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise InputError(f"cannot write {target} ({error.strerror}): choose a writable folder") from error
 
     @classmethod
@@ -106,7 +109,7 @@ class Verdict:
             return cls(**{**known, **lists, "numerics": numerics})
         except OSError as error:
             raise SchemaError(f"{path} cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise SchemaError(f"{path} is damaged ({error!r}): verify the bundle again") from error
 
 

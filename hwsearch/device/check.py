@@ -8,6 +8,7 @@ folder.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -28,6 +29,14 @@ from hwsearch.errors import HwsearchError, InputError, SchemaError
 
 SCHEMA, VERSION = "hwsearch.device-check", 2
 FILE = "device.json"
+
+#: Fields that are numbers from 0 up, those of them that a system may not tell, and what no field can reach.
+_NUMBERS = (
+    "reference_ms", "typical_ms", "canary_spread", "noise_floor", "raw_noise_floor", "disturbed", "coarse", "busy",
+    "stolen", "threads", "cores", "usable_cores", "contention",
+)  # fmt: skip
+_UNTOLD = ("busy", "stolen", "cores", "usable_cores", "contention")
+_LARGEST = 1e9
 
 #: Above these a device is noisy: test-retest error (p95), and share of timings that found no undisturbed moment.
 NOISE_LIMIT = 0.10
@@ -109,10 +118,17 @@ class DeviceCheck:
             raise SchemaError(
                 f"missing or unknown fields {', '.join(map(str, wrong))}; run `hwsearch device check` again"
             )
-        for name in ("reference_ms", "typical_ms", "noise_floor"):
-            value = data[name]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise SchemaError(f"{name} is {value!r}; run `hwsearch device check` again")
+        for name in _NUMBERS:
+            value = data.get(name, 0.0)
+            if value is None and name in _UNTOLD:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _LARGEST:
+                raise SchemaError(f"{name} is {value!r:.40}; run `hwsearch device check` again")
+        for name in ("device", "verdict", "turbo"):
+            if not isinstance(data.get(name, ""), str):
+                raise SchemaError(f"{name} is {data[name]!r:.40}; run `hwsearch device check` again")
+        if not isinstance(data["messages"], (list, tuple)) or not all(isinstance(m, str) for m in data["messages"]):
+            raise SchemaError("messages is no list of texts; run `hwsearch device check` again")
         if data["reference_ms"] == 0:
             raise SchemaError("reference_ms is 0; run `hwsearch device check` again")
         if data.get("canary") != CANARY:
@@ -139,6 +155,8 @@ class DeviceCheck:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise InputError(f"{path}: cannot be written ({error.strerror}); choose a writable folder") from None
         return path
 
@@ -157,7 +175,7 @@ class DeviceCheck:
             raise InputError(f"{path} does not exist; run `hwsearch device check {folder.name}` first") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SchemaError(
                 f"{path}: is not JSON ({error}); run `hwsearch device check {folder.name}` again"
             ) from None

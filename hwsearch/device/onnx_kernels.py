@@ -28,6 +28,15 @@ _WITH_BODIES = ("If", "Loop", "Scan")
 _MOST_ROUNDS = 64
 
 
+#: What reading a graph that breaks ONNX's own rules ends with.
+UNREADABLE = (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RecursionError)
+
+
+def first_words(error: BaseException) -> str:
+    """An error in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
+
+
 def kernels_of(data: bytes) -> tuple[Kernel, ...]:
     """The kernels of a serialised ONNX graph, one per node, in the order of its nodes; bodies follow their nodes.
 
@@ -63,7 +72,10 @@ class Reader:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.graph = model.graph
-        self.tensors = Tensors(model)
+        try:
+            self.tensors = Tensors(model)
+        except UNREADABLE as error:
+            raise DeviceJobError(f"the graph is damaged ({first_words(error)}); export the model again") from None
         self._bodies: dict[str, tuple[Kernel, ...]] = {}
 
     @property
@@ -93,8 +105,20 @@ class Reader:
         return tuple(found)
 
     def _kernel(self, prefix: str, proto: Any) -> Kernel:
+        """The kernel of a node.
+
+        Raises:
+            DeviceJobError: the node is not what its operator asks for: no such input, a stride of 0, another rank.
+        """
+        label = f"{prefix}{proto.op_type}"
+        try:
+            return self._described(label, prefix, proto)
+        except UNREADABLE as error:
+            name = f"{label} ({proto.name})" if proto.name else label
+            raise DeviceJobError(f"the node {name} is damaged ({first_words(error)}); export the model again") from None
+
+    def _described(self, label: str, prefix: str, proto: Any) -> Kernel:
         tensors, node = self.tensors, Node.of(proto)
-        label = f"{prefix}{node.op}"
         if node.op in _WITH_BODIES and node.standard:
             self._bodies[label] = self._body(label, node)
         found = describe(node, tensors)

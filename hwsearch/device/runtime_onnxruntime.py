@@ -109,9 +109,13 @@ def run(device: Device, network: bytes, inputs: Mapping[str, np.ndarray]) -> dic
     session = _session(device, network, _options(device))
     names = [output.name for output in session.get_outputs()]
     try:
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        outputs = dict(zip(names, session.run(names, dict(inputs)), strict=True))
     except Exception as error:
         raise DeviceJobError(one_line(error)) from None
+    for name, value in outputs.items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+            raise DeviceJobError(f"the output {name!r} is no tensor of numbers, and cannot be compared")
+    return outputs
 
 
 def open_bench(device: Device, canary: bytes) -> Bench:

@@ -43,6 +43,7 @@ _DEFAULTS: dict[str, float] = {
     "spells": 0.25, "slowdown": 1.0, "seed": 0,
 }  # fmt: skip
 _FAULTS = ("crash_on", "hang_on", "fail_on")
+_LARGEST = 1e9
 _TEXTS = ("version", *_FAULTS)
 
 #: Share of the peak that a family reaches; halved in the plain layout.
@@ -237,4 +238,9 @@ def _options(device: Device) -> dict[str, float]:
             raise InputError(
                 f"device {device.name}: options.{name} is {options[name]:g}; use a number from 0 (drift: below 1)"
             )
+    for name, value in options.items():
+        # Beyond these the clock, which counts nanoseconds, would stand still or overflow.
+        most = 1.0 if name == "noise" else _LARGEST
+        if value > most or (name in ("gmacs", "gbytes", "slowdown") and value < 1 / _LARGEST):
+            raise InputError(f"device {device.name}: options.{name} is {value:g}; use a number up to {most:g}")
     return options

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from hwsearch.device.onnx_kernels import Reader, spread
+from hwsearch.device.onnx_kernels import UNREADABLE, Reader, first_words, spread
 from hwsearch.errors import DeviceJobError
 from hwsearch.graph.kernel import Kernel
 
@@ -55,9 +55,12 @@ def optimised_graph(network: bytes, *, block: int) -> bytes:
         raise DeviceJobError(f"no ONNX file: {' '.join(str(error).split()) or 'empty'}") from None
     if not model.graph.node:
         raise DeviceJobError("no ONNX file: the graph holds no node")
-    eight = _merge_eight_bits(model)
-    reader = Reader(model)
-    kernels = _layouts(_fused(model, reader, eight), reader.shapes, block)
+    try:
+        eight = _merge_eight_bits(model)
+        reader = Reader(model)
+        kernels = _layouts(_fused(model, reader, eight), reader.shapes, block)
+    except UNREADABLE as error:
+        raise DeviceJobError(f"the graph is damaged ({first_words(error)}); export the model again") from None
     numbered = [replace(kernel, node=f"{index:03d}_{kernel.op}") for index, kernel in enumerate(kernels)]
     document = {"schema": SCHEMA, "version": 1, "kernels": [_plain(kernel) for kernel in numbered]}
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
@@ -116,7 +119,7 @@ def read_graph(data: bytes) -> tuple[Kernel, ...]:
         if document["schema"] != SCHEMA or document["version"] != 1:
             raise ValueError(f"schema {document['schema']} version {document['version']}")
         return tuple(_kernel(values) for values in document["kernels"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DeviceJobError(f"the optimised graph is not one of the simulated runtime ({error})") from None
 
 

@@ -7,8 +7,9 @@ file came from, so a table in git stays beside the device that it describes.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -31,6 +32,9 @@ FOREIGN = "hwsearch_runtime_"
 Option: TypeAlias = str | int | float
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+#: What a numeric option may be at most, either way.
+_LARGEST = 1e300
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +157,9 @@ class Device:
             InputError: the value is not a finite number.
         """
         value = self.options.get(name, default)
-        if isinstance(value, (bool, str)) or not math.isfinite(value):
-            raise InputError(f"device {self.name}: options.{name} is {value!r}; use a finite number")
+        # compared, not converted: a whole number of a file may be too large for a float
+        if isinstance(value, (bool, str)) or not -_LARGEST <= value <= _LARGEST:
+            raise InputError(f"device {self.name}: options.{name} is {value!r:.40}; use a finite number")
         return float(value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,22 +213,30 @@ class Device:
         path = self.home / "devices" / f"{self.name}.toml"
         values = {name: getattr(self, name) for name in ("runtime", "threads", "precision", "transport")}
         values |= self.ssh.to_dict() if self.ssh else {}
-        lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
-        lines += ["", "[options]", *(f"{name} = {json.dumps(value)}" for name, value in self.options.items())]
+        lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
+        lines += ["", "[options]", *(f"{name} = {_toml(value)}" for name, value in self.options.items())]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as file:
                 file.write("\n".join(lines).rstrip() + "\n")
         except FileExistsError:
             raise InputError(f"{path} is there already: choose another name, or delete it") from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); choose a writable home") from None
+        except (OSError, UnicodeEncodeError) as error:
+            if isinstance(error, UnicodeEncodeError) or error.errno in _NO_ROOM:
+                path.unlink(missing_ok=True)  # half of a file, which was made just now
+            reason = "a text that is no UTF-8" if isinstance(error, UnicodeEncodeError) else error.strerror
+            raise InputError(f"{path}: cannot be written ({reason}); choose a writable home") from None
         return path
 
     @staticmethod
     def names() -> tuple[str, ...]:
         """Names of all devices found, sorted."""
         return tuple(sorted({path.stem for path in _device_files()}))
+
+
+def _toml(value: object) -> str:
+    """A value as TOML has it: as JSON, but for characters that JSON writes in two halves, and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _installed(runtime: object) -> bool:
@@ -235,7 +248,9 @@ def _installed(runtime: object) -> bool:
 
 def homes() -> tuple[Path, ...]:
     """Folders that may hold ``devices/``, first one first; the first is also where new tables go by default."""
-    found = [Path.cwd(), Path(__file__).resolve().parent.parent.parent]
+    found = [Path(__file__).resolve().parent.parent.parent]
+    with contextlib.suppress(FileNotFoundError):  # somebody removed the current folder
+        found.insert(0, Path.cwd())
     if os.environ.get("HWSEARCH_HOME"):
         found.insert(0, Path(os.environ["HWSEARCH_HOME"]).expanduser())
     return tuple(dict.fromkeys(path.resolve() for path in found))
@@ -254,7 +269,7 @@ def _read(path: Path) -> Device:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); check the file and its permissions") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, brackets without an end
         raise InputError(f"{path}: is not valid TOML: {error}") from None
     try:
         checked = _validate(data)
@@ -295,6 +310,6 @@ def _validate(data: dict[str, Any]) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         # pydantic appends the tried member of a union to the path ("options.gmacs.int"); the file has no such field
         where = ".".join(str(part) for part in first["loc"] if part not in ("int", "float", "str")) or "the file"
-        given = f" (found {first['input']!r})" if first["type"] != "missing" else ""
+        given = f" (found {first['input']!r:.60})" if first["type"] != "missing" else ""
         more = f"; {len(error.errors()) - 1} more fields are wrong" if where and len(error.errors()) > 3 else ""
         raise ValueError(f"{where}: {first['msg']}{given}{more}") from None

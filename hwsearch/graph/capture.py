@@ -145,7 +145,7 @@ def try_forward(model: nn.Module, example_input: Tensor) -> Any:
     try:
         with torch.no_grad():
             return model(example_input)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a forward that ends the program must not end ours with its status
         raise UnsupportedModelError(
             f"the forward of {type(model).__name__} fails on an input of shape {tuple(example_input.shape)}: "
             f"{type(error).__name__}: {first_line(error)}; give the input shape that the model expects"

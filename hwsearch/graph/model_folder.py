@@ -128,7 +128,7 @@ def read_description(folder: str | Path) -> ModelDescription:
         record = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}; give a folder that hwsearch wrote") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SchemaError(f"{path} is not JSON: {first_line(error)}; save the model again") from error
     if not isinstance(record, dict) or record.pop("schema", None) != SCHEMA:
         raise SchemaError(f"{path} is not a model description (schema {SCHEMA!r}); give a folder that hwsearch wrote")

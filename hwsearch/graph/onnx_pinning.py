@@ -11,6 +11,8 @@ Shape: TypeAlias = tuple[int, ...]
 
 #: Key of a shape that was given without a name: it is meant for the only input.
 ANY = ""
+#: Operators that slide a window over their input.
+_WINDOWS = ("Conv", "MaxPool", "AveragePool", "LpPool")
 
 
 def pin_inputs(proto: Any, shapes: Mapping[str, Shape], name: str) -> dict[str, Shape]:
@@ -139,6 +141,13 @@ def _wrong_channels(proto: Any) -> str:
         found, wanted = shapes[node.input[0]][1], weights[node.input[1]][1] * groups
         if found and found != wanted:
             return f"the convolution {node.name or node.output[0]} takes {wanted} channels and would get {found}"
+    # Only what a window makes has to be something; other operators may well give nothing.
+    made = {name: node for node in graph.node if node.op_type in _WINDOWS for name in node.output}
+    for value in [*graph.value_info, *graph.output]:
+        sizes = value.type.tensor_type.shape.dim
+        if value.name in made and any(size.HasField("dim_value") and size.dim_value < 1 for size in sizes):
+            node = made[value.name]
+            return f"the window of {node.op_type} {node.name or value.name} is larger than what it would slide over"
     return ""
 
 

@@ -6,16 +6,18 @@ campaigns (other seeds, other models), and their networks all go into the device
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from hwsearch.errors import InputError, SchemaError
-from hwsearch.graph.kernel import Kernel
+from hwsearch.graph.kernel import FAMILIES, Kernel
 from hwsearch.latency.visits import Network, Visit
 
 SCHEMA = "hwsearch.journal"
@@ -35,6 +37,8 @@ CREATE TABLE IF NOT EXISTS visits (
 COMMIT;
 """
 _COLUMNS = tuple(f.name for f in fields(Kernel) if f.name != "source")
+_TEXTS = ("family", "op", "dtype", "layout_in", "layout_out", "node")
+_LARGEST = 10**12
 #: The columns of each table as this release makes them.
 _LAYOUT = {
     "meta": ("name", "value"),
@@ -68,36 +72,39 @@ class Journal:
             self._base.execute("PRAGMA journal_mode=WAL")
             self._refuse_other_layout()
             self._base.executescript(_TABLES)
+            self.meta.setdefault("schema", f"{SCHEMA} {VERSION}")
         except (OSError, sqlite3.OperationalError) as error:
+            self._let_go()
             if "locked" in str(error):
                 raise InputError(f"{path} is in use: another process profiles this device; wait for it") from None
             raise InputError(f"cannot write {path}: {error}; choose a folder you may write to") from None
         except sqlite3.DatabaseError as error:
+            self._let_go()
             raise SchemaError(f"{path} is no journal ({error}); move it away and profile again") from None
         except SchemaError:
-            self._base.close()
+            self._let_go()
             raise
-        self.meta.setdefault("schema", f"{SCHEMA} {VERSION}")
 
     @property
     def meta(self) -> Meta:
         """Names and texts kept for good, such as the fingerprint."""
-        return Meta(self._base)
+        return Meta(self._rows)
 
     def done(self, campaign: str) -> dict[Slot, float]:
         """Visits of a plan that are dealt with, and the device seconds that each cost."""
         query = "SELECT place, visit, seconds FROM visits WHERE campaign = ?"
-        return {(int(p), int(v)): float(seconds) for p, v, seconds in self._base.execute(query, (campaign,))}
+        rows = self._rows(query, (campaign,), int, int, float)
+        return {(place, visit): seconds for place, visit, seconds in rows}
 
     def failed(self, campaign: str) -> set[int]:
         """Places whose network the runtime rejects or crashes on."""
         query = "SELECT DISTINCT place FROM visits WHERE campaign = ? AND error != ''"
-        return {int(place) for (place,) in self._base.execute(query, (campaign,))}
+        return {place for (place,) in self._rows(query, (campaign,), int)}
 
     def chosen(self, campaign: str) -> dict[int, int]:
         """Candidate that was chosen for each place of a plan at which there was a choice."""
         query = "SELECT place, candidate FROM chosen WHERE campaign = ?"
-        return {int(place): int(candidate) for place, candidate in self._base.execute(query, (campaign,))}
+        return dict(self._rows(query, (campaign,), int, int))
 
     def choose(self, campaign: str, candidates: Mapping[int, int]) -> None:
         """Commit choices, all or none: a campaign that goes on must make the same."""
@@ -132,24 +139,49 @@ class Journal:
         Raises:
             SchemaError: a row that this release cannot read.
         """
-        rows = self._base.execute("SELECT id, source, kernels FROM networks ORDER BY id").fetchall()
-        networks = {str(name): self._network(str(name), str(source), text) for name, source, text in rows}
+        rows = self._rows("SELECT id, source, kernels FROM networks ORDER BY id", (), str, str, str)
+        networks = {name: self._network(name, source, text) for name, source, text in rows}
         query = "SELECT id, reference_ms, document FROM visits WHERE document != '' ORDER BY campaign, place, visit"
         visits = []
-        for name, reference_ms, text in self._base.execute(query).fetchall():
+        for name, reference_ms, text in self._rows(query, (), str, float, str):
             try:
                 values = json.loads(text)
                 visit = Visit(**(values | {"shares": tuple(map(float, values["shares"]))}))
+                _check_numbers(visit, reference_ms)
                 if len(visit.shares) != len(networks[visit.network].kernels):
                     raise ValueError("its nodes are not those of its network")
-            except (KeyError, TypeError, ValueError) as error:
-                raise self._unreadable(str(name), error) from None
-            visits.append((visit, float(reference_ms)))
+            except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+                raise self._unreadable(name, error) from None
+            visits.append((visit, reference_ms))
         return networks, visits
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of it."""
-        self._base.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        # A disk that is full, or a file that is damaged, has been told of already.
+        with contextlib.suppress(AttributeError, sqlite3.Error):
+            self._base.close()
+
+    def _rows(self, query: str, values: tuple[Any, ...] = (), *kinds: Callable[[Any], Any]) -> list[tuple[Any, ...]]:
+        """The rows of a query, each cell as what it should be.
+
+        Raises:
+            SchemaError: a page of the file is damaged, or a cell holds something else.
+            InputError: the disk is full, or the file cannot be read.
+        """
+        try:
+            rows = self._base.execute(query, values).fetchall()
+            if not kinds:
+                return rows
+            return [tuple(kind(cell) for kind, cell in zip(kinds, row, strict=True)) for row in rows]
+        except sqlite3.OperationalError as error:
+            if "UTF-8" in str(error):
+                raise SchemaError(f"{self.path} is damaged ({error}); move it away and profile again") from None
+            raise InputError(f"cannot use {self.path}: {error}; free the disk or mend the file, then go on") from None
+        except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
+            raise SchemaError(f"{self.path} is damaged ({error}); move it away and profile again") from None
 
     def __enter__(self) -> Journal:
         return self
@@ -209,8 +241,10 @@ class Journal:
             for cells in json.loads(text):
                 values: dict[str, Any] = dict(zip(_COLUMNS, cells, strict=True))
                 values["fused"] = tuple(values["fused"])
+                if wrong := [n for n in _COLUMNS if not _right(n, values[n])]:
+                    raise ValueError(f"{wrong[0]} is {str(values[wrong[0]])[:40]!r}")
                 kernels.append(Kernel(**values))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise self._unreadable(name, error) from None
         return Network(name, source, tuple(kernels))
 
@@ -221,20 +255,39 @@ class Journal:
 class Meta:
     """Named texts of a journal."""
 
-    def __init__(self, base: sqlite3.Connection) -> None:
-        self._base = base
+    def __init__(self, rows: Callable[..., list[tuple[Any, ...]]]) -> None:
+        self._rows = rows
 
     def get(self, name: str) -> str | None:
         """The text, or None."""
-        row = self._base.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return None if row is None else str(row[0])
+        rows = self._rows("SELECT value FROM meta WHERE name = ?", (name,), str)
+        return str(rows[0][0]) if rows else None
 
     def all(self, prefix: str) -> list[str]:
         """The texts of all names that begin so."""
         query = "SELECT value FROM meta WHERE substr(name, 1, ?) = ? ORDER BY name"
-        return [str(value) for (value,) in self._base.execute(query, (len(prefix), prefix))]
+        return [value for (value,) in self._rows(query, (len(prefix), prefix), str)]
 
     def setdefault(self, name: str, value: str) -> str:
         """The text under the name, stored now when it is new."""
-        self._base.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (name, value))
+        self._rows("INSERT OR IGNORE INTO meta VALUES (?, ?)", (name, value))
         return str(self.get(name))
+
+
+def _check_numbers(visit: Visit, reference_ms: float) -> None:
+    """Raises ValueError or TypeError where a time is none."""
+    times = (reference_ms, visit.measured_ms, visit.raw_p50_ms, visit.raw_p90_ms)
+    rest = (visit.spread, visit.seconds, visit.rounds, *visit.shares)
+    if not all(0 < time < math.inf for time in times) or not all(0 <= number < math.inf for number in rest):
+        raise ValueError("a time that is no positive number")
+    if not isinstance(visit.step, str) or not isinstance(visit.rounds, int):
+        raise TypeError("its step or its rounds are of another type")
+
+
+def _right(column: str, value: object) -> bool:
+    """Whether a kernel's cell is what its column holds: texts, or a size that a tensor can have."""
+    if column == "fused":
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    if column in _TEXTS:
+        return isinstance(value, str) and (column != "family" or value in FAMILIES)
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST

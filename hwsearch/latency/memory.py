@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hwsearch.errors import DeviceJobError
 from hwsearch.graph.kernel import element_bytes
 
 #: Outputs that share the first input's buffer: they are the same bytes.
@@ -74,7 +75,7 @@ def peak_memory(optimised: bytes) -> Memory:
         >>> peak_memory(network).total_bytes                            # doctest: +SKIP
         1203456
     """
-    from hwsearch.device.onnx_kernels import Reader, read_model
+    from hwsearch.device.onnx_kernels import UNREADABLE, Reader, first_words, read_model
 
     reader = Reader(read_model(optimised))
     kernels = reader.kernels()
@@ -82,7 +83,10 @@ def peak_memory(optimised: bytes) -> Memory:
     sizes = {name: (shape, element_bytes(tensors.dtype(name))[0]) for name, shape in reader.shapes.items()}
     graph = reader.graph
     given = [value.name for value in graph.input if value.name not in reader.constants]
-    peak, step = _peak(graph, {*given, *reader.constants}, sizes)
+    try:
+        peak, step = _peak(graph, {*given, *reader.constants}, sizes)
+    except UNREADABLE as error:
+        raise DeviceJobError(f"the graph is damaged ({first_words(error)}); export the model again") from None
     used = {name for node in _nodes(graph) for name in node.input}
     return Memory(
         peak_activation_bytes=peak,

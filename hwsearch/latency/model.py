@@ -19,6 +19,7 @@ from hwsearch.latency.boosting import BoostData, BoostSettings, boost, row_trust
 from hwsearch.latency.corrections import BASE, KINDS, TREES, Correction
 from hwsearch.latency.features import FEATURES, TERMS, Vocabulary, cost_terms, describe, layouts
 from hwsearch.latency.training import Rows
+from hwsearch.latency.trees import check_trees
 
 #: A family with fewer kernel instances is priced by its base alone.
 FEW = 20
@@ -198,8 +199,11 @@ class KernelModel:
             if tuple(document["features"]) != FEATURES or tuple(document["terms"]) != TERMS:
                 raise SchemaError("it was fitted on other features than this release has; fit again")
             texts = document["vocabulary"]
+            if not 1 <= int(texts["block"]) <= 64:
+                raise SchemaError(f"channels stand in blocks of {texts['block']!r:.40}; fit again")
             boosters = {}
             for name in sorted(document["files"]):
+                check_trees(files[name], len(FEATURES))
                 booster = xgboost.Booster({"nthread": 1})
                 booster.load_model(bytearray(files[name]))
                 if booster.num_features() != len(FEATURES):
@@ -223,7 +227,7 @@ class KernelModel:
                     for family, pairs in document["ranges"].items()
                 },
             )
-        except (KeyError, TypeError, ValueError, AttributeError, xgboost.core.XGBoostError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, xgboost.core.XGBoostError) as error:
             reason = str(error).split("\n", 1)[0]
             raise SchemaError(f"it is damaged ({type(error).__name__}: {reason}); fit again") from None
 

@@ -385,9 +385,11 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
             errors = np.concatenate([predictor.log_errors_, scores])
             if not len(predictor.log_errors_) or not len(scores) or not np.isfinite(errors).all():
                 raise SchemaError("it has no out-of-fold errors")
+            if not _all_finite(manifest):
+                raise SchemaError(f"a number in it is not finite; {_REMEDY}")
         except SchemaError as error:
             raise SchemaError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise SchemaError(f"{path}: field {error} is missing or wrong; {_REMEDY}") from None
         return predictor
 
@@ -454,6 +456,15 @@ def _p90_line(table: LatencyTable) -> tuple[float, float]:
     usable = apart > 1e-9
     slope = float(np.median((ratio[high] - ratio[low])[usable] / apart[usable])) if usable.any() else 0.0
     return round(float(np.median(ratio - slope * log_ms)), 6), round(slope, 6)
+
+
+def _all_finite(value: object) -> bool:
+    """Whether every number of a JSON value can be computed with."""
+    if isinstance(value, dict):
+        return all(map(_all_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_all_finite, value))
+    return not isinstance(value, int | float) or -1e300 <= value <= 1e300
 
 
 def _refuse_other(path: Path, made_for: Fingerprint, now: Fingerprint | None) -> None:

@@ -12,6 +12,7 @@ and names the file and line.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -21,6 +22,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from hwsearch.device.spec import Fingerprint
 from hwsearch.errors import InputError, SchemaError
@@ -28,6 +30,11 @@ from hwsearch.graph.kernel import FAMILIES, Kernel
 
 SCHEMA = "hwsearch.latency-table"
 VERSION = 1
+
+#: No latency is shorter than a clock cycle, or longer than a week.
+_SHORTEST_MS, _LONGEST_MS = 1e-9, 1e9
+#: Digits of the largest count, and the most operations or bytes of a kernel: more cannot be, and would overflow.
+_DIGITS, _LARGEST = 12, 1 << 50
 
 _TEXT = ("family", "op", "dtype", "layout_in", "layout_out")
 _KERNEL_COLUMNS = tuple(f.name for f in fields(Kernel) if f.name not in ("node", "source"))
@@ -217,7 +224,7 @@ class LatencyTable:
                 seeds=tuple(sorted(int(seed) for seed in manifest.get("seeds", ()))),
             )
             networks_file, kernels_file = files["networks.csv"], files["kernels.csv"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SchemaError(f"{path}: field {error} is missing or wrong; restore the file or profile again") from None
         kernels = _read_kernels(folder / "kernels.csv", *kernels_file)
         networks = _read_networks(folder / "networks.csv", *networks_file, kernels)
@@ -232,14 +239,20 @@ class LatencyTable:
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace a file as a whole: a reader, or the next run after a kill, sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        # Half of a file is of no use to anybody, least of all on a full disk.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read_manifest(path: Path, schema: str, version: int, what: str, remedy: str) -> dict:
     """A JSON manifest whose schema and version are the expected ones."""
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path.parent} holds no {what} (manifest.json is not there); {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -248,6 +261,8 @@ def read_manifest(path: Path, schema: str, version: int, what: str, remedy: str)
         raise SchemaError(
             f"{path}, line {error.lineno}: not JSON ({error.msg}); restore the file, or {remedy}"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without an end
+        raise SchemaError(f"{path}: cannot be read as JSON ({error}); restore the file, or {remedy}") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != schema:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
         raise SchemaError(f"{path}: schema is {found!r}, expected {schema!r}; {remedy}")
@@ -257,7 +272,7 @@ def read_manifest(path: Path, schema: str, version: int, what: str, remedy: str)
 
 
 def _is_latency(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return _SHORTEST_MS <= value <= _LONGEST_MS
 
 
 def _networks_csv(networks: Iterable[NetworkSample]) -> str:
@@ -290,10 +305,10 @@ def _rows(path: Path, header: tuple[str, ...], rows: int, sha256: str) -> Iterat
     except (OSError, UnicodeDecodeError) as error:
         raise SchemaError(f"{path}: cannot be read ({error}); restore the file or profile again") from None
     reader = csv.reader(io.StringIO(text))
-    if tuple(next(reader, ())) != header:
+    if tuple(next(_cells(path, reader), ())) != header:
         raise SchemaError(f"{path}, line 1: the columns are not {','.join(header)}; restore the file or profile again")
     count = 0
-    for cells in reader:
+    for cells in _cells(path, reader):
         if len(cells) != len(header):
             raise SchemaError(
                 f"{path}, line {reader.line_num}: {len(cells)} cells instead of {len(header)}; the file is damaged or"
@@ -307,6 +322,18 @@ def _rows(path: Path, header: tuple[str, ...], rows: int, sha256: str) -> Iterat
         raise SchemaError(f"{path}: changed since it was written (SHA-256 differs); restore it or profile again")
 
 
+def _cells(path: Path, reader: Any) -> Iterator[list[str]]:
+    """The lines of a CSV reader; what it cannot parse is named."""
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise SchemaError(f"{path}, line {reader.line_num}: {error}; restore the file or profile again") from None
+        if cells is None:
+            return
+        yield cells
+
+
 def _number(path: Path, line: int, row: dict[str, str], column: str, *, positive: bool = True) -> float:
     try:
         value = float(row[column])
@@ -315,16 +342,21 @@ def _number(path: Path, line: int, row: dict[str, str], column: str, *, positive
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         kind = "a positive number" if positive else "a number from 0 up"
         raise SchemaError(
-            f"{path}, line {line}: {column} is {row[column]!r}, not {kind}; remove the network or profile again"
+            f"{path}, line {line}: {column} is {_shown(row[column])}, not {kind}; remove the network or profile again"
         )
     return value
 
 
 def _count(path: Path, line: int, row: dict[str, str], column: str) -> int:
     value = row[column]
-    if not value.isdecimal():
-        raise SchemaError(f"{path}, line {line}: {column} is {value!r}, not a whole number; restore the file")
+    if not value.isdecimal() or len(value) > _DIGITS:
+        raise SchemaError(f"{path}, line {line}: {column} is {_shown(value)}, not a whole number; restore the file")
     return int(value)
+
+
+def _shown(cell: str) -> str:
+    """A cell as it may stand in a message of one line."""
+    return repr(cell if len(cell) <= 40 else cell[:37] + "...")
 
 
 def _read_kernels(path: Path, rows: int, sha256: str) -> dict[str, tuple[list[Kernel], list[float]]]:
@@ -341,10 +373,13 @@ def _read_kernels(path: Path, rows: int, sha256: str) -> dict[str, tuple[list[Ke
         values = interned.get(shape)
         if values is None:
             if row["family"] not in FAMILIES:
-                raise SchemaError(f"{path}, line {line}: unknown kernel family {row['family']!r}; restore the file")
+                family = _shown(row["family"])
+                raise SchemaError(f"{path}, line {line}: unknown kernel family {family}; restore the file")
             values = {name: row[name] for name in _TEXT}
             values |= {name: _count(path, line, row, name) for name in _COUNTS}
             values["fused"] = tuple(row["fused"].split("+")) if row["fused"] else ()
+            if max(Kernel(**values).macs, Kernel(**values).memory_bytes) > _LARGEST:
+                raise SchemaError(f"{path}, line {line}: a kernel larger than any memory; restore the file")
             interned[shape] = values
         kernels.append(Kernel(**values, node=row["node"]))
         times.append(_number(path, line, row, "ms"))

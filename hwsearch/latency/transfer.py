@@ -318,6 +318,8 @@ def transfer_device(
         InputError: values that make no sense.
         NoisyDeviceError: the device is too noisy.
     """
+    if not 1 <= networks <= candidates:
+        raise InputError(f"networks is {networks!r}: give 1 to {candidates} to time on the new device")
     known = _fitted(sources)
     device = Device.load(device) if isinstance(device, str) else device
     if session is None:

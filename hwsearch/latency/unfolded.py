@@ -18,6 +18,8 @@ from hwsearch.errors import InputError
 
 _SAME = ("Identity", "QuantizeLinear", "DequantizeLinear", "Dropout")
 _AFFINE = ("Add", "Sub", "Mul", "Div")
+#: Inputs without which one of these nodes is none.
+_NEEDED = {"Conv": 2, **dict.fromkeys((*_SAME, *_AFFINE, "BatchNormalization", "AveragePool", "Pad", "Sum"), 1)}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,21 @@ def find_unfolded(network: bytes) -> Unfolded:
         model.ParseFromString(network)
     except DecodeError:
         return Unfolded((), ())
+    if not _in_order(model.graph):
+        return Unfolded((), ())
     return _Search(model.graph).run()
+
+
+def _in_order(graph: Any) -> bool:
+    """Whether every node has the inputs that its operator needs, made before it: a graph in a circle has no end."""
+    later = {name for node in graph.node for name in node.output if name}
+    for node in graph.node:
+        if node.op_type in _NEEDED and (len(node.input) < _NEEDED[node.op_type] or not node.output):
+            return False
+        if any(name in later for name in node.input):
+            return False
+        later.difference_update(node.output)
+    return True
 
 
 def refuse_unfolded(network: bytes, name: str) -> Unfolded:
@@ -149,10 +165,13 @@ class _Search:
 
     def _leaves(self, node: Any) -> Iterator[str]:
         """The tensors that a tree of sums adds up."""
-        for name in node.input:
+        # no recursion: a chain of sums may be longer than Python's stack is deep
+        waiting = list(reversed(node.input))
+        while waiting:
+            name = waiting.pop()
             maker = self.maker.get(name)
             if self.readers[name] == 1 and maker is not None and self._is_sum(maker):
-                yield from self._leaves(maker)
+                waiting += reversed(maker.input)
             else:
                 yield name
 

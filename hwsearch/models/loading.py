@@ -22,14 +22,18 @@ def load_factory(spec: str, **kwargs: Any) -> nn.Module:
         kwargs: passed to the factory.
 
     Raises:
-        InputError: a missing module, attribute or library; a factory that raises or returns no ``torch.nn.Module``.
+        InputError: a missing module, attribute or library; a factory that raises or returns no ``torch.nn.Module``, or
+            modules inside each other without an end.
 
     Example:
         >>> model = load_factory("hwsearch.models.vgg:vgg_small", classes=10)
     """
-    if isinstance(spec, str) and spec.startswith("timm:"):
-        return _timm(spec, kwargs).eval()
-    return build(spec, find_factory(spec), kwargs).eval()
+    timm = isinstance(spec, str) and spec.startswith("timm:")
+    model = _timm(spec, kwargs) if timm else build(spec, find_factory(spec), kwargs)
+    try:
+        return model.eval()
+    except RecursionError as error:
+        raise InputError(f"the modules of {spec} nest deeper than Python can follow; nest them less") from error
 
 
 def _timm(spec: str, kwargs: dict[str, Any]) -> nn.Module:

@@ -10,8 +10,10 @@ Reference: RepVGG tools/verify.py (randomised statistics); tolerance rule: relat
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,9 +95,14 @@ class FoldReport:
         Raises:
             InputError: the file cannot be written.
         """
+        path = Path(path)
+        temporary = path.parent / f".{path.name}.{os.getpid()}"
         try:
-            Path(path).write_text(json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            temporary.replace(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise InputError(f"cannot write {path}: {error.strerror or error}; choose a writable path") from error
 
     def require(self) -> FoldReport:

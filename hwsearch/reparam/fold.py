@@ -278,6 +278,11 @@ def _compare(model: nn.Module, folded: nn.Module, example_input: Tensor) -> None
         for expected, got in pairs:
             if not isinstance(expected, Tensor) or not expected.is_floating_point():
                 continue
+            if not torch.isfinite(expected).all():
+                raise CheckFailedError(
+                    f"the output of {type(model).__name__} is not finite on an example (NaN or infinity): check its "
+                    "weights"
+                )
             error = (got.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
             scale = expected.double().abs().max().item() if expected.numel() else 0.0
             if got.shape != expected.shape or not error <= _TOLERANCE.get(expected.dtype, 1e-3) * max(scale, 1e-6):

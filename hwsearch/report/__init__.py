@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -44,14 +45,19 @@ def report(
     folder = Path(getattr(source, "folder", source))
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give a run folder, a bundle, or a device's table folder")
-    page = _page(folder, None if table is None else Path(table))
     target = folder / "report.html" if output is None else Path(output)
+    if os.path.isdir(target):
+        raise InputError(f"{target} is a folder: give the name of an HTML file with output")
+    page = _page(folder, None if table is None else Path(table))
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page.render(__version__), encoding="utf-8")
+        # A text of a file from elsewhere may hold half a character, which no encoding has.
+        temporary.write_text(page.render(__version__), encoding="utf-8", errors="replace")
         temporary.replace(target)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"cannot write {target} ({error.strerror}): choose a writable place with output") from error
     return target
 
@@ -100,7 +106,7 @@ def _table_of(device: str) -> Path | None:
     if not device or "/" in device or device.startswith("."):
         return None
     folders = (home / "latency_tables" / device for home in homes())
-    return next((folder for folder in folders if folder.is_dir()), None)
+    return next((folder for folder in folders if os.path.isdir(folder)), None)  # which takes any name
 
 
 class _Package(ModuleType):

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 _MAX_BYTES = 64 << 20
+_LARGEST = 1e300
 
 
 def number(value: object) -> float | None:
     """A finite number, else None (``true`` is no number)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # compared, not converted: a whole number of a file may be too large for a float
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
         return None
     return float(value)
 

@@ -6,6 +6,8 @@ lost. A kill can tear at most the last line; it is cut off when the file is next
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -80,23 +82,51 @@ class Journal:
         return records[1:]
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record and force it to the disk."""
+        """Write one record and force it to the disk.
+
+        Raises:
+            InputError: the disk is full, or the file cannot be written; the journal stands as before.
+        """
         line = (json.dumps(record, sort_keys=True, allow_nan=False) + "\n").encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                _append(descriptor, line)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path}: {error.strerror}; make room or make it writable, then go on"
+            ) from error
 
     def _parse(self, line: str, number: int) -> dict[str, Any]:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise SchemaError(f"{self.path} line {number} is damaged (not a JSON object): delete it to start again")
         return record
+
+
+def _append(descriptor: int, line: bytes) -> None:
+    """Write a whole line or nothing: a disk that fills up takes a part of it, which the next line must not follow.
+
+    Raises:
+        OSError: there is no room.
+    """
+    before = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, line)
+        if written < len(line):
+            written += os.write(descriptor, line[written:])  # which says why
+        if written < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, before)
+        raise
 
 
 def short(value: object, most: int = 60) -> str:
@@ -120,7 +150,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises:
         InputError: the folder cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
+    # two processes that write one file must not write into each other's half of it
+    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
@@ -130,4 +161,6 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error

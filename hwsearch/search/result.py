@@ -131,7 +131,7 @@ class SearchResult:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}; give a run folder of a finished search") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SchemaError(f"{path} is damaged (not JSON): run the search again to write it anew") from error
         found = (data.get("schema"), data.get("version")) if isinstance(data, dict) else (None, None)
         if found != (SCHEMA, VERSION):
@@ -141,7 +141,7 @@ class SearchResult:
             )
         try:
             return cls._from_dict(data)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SchemaError(f"{path} is damaged ({error!r}): run the search again to write it anew") from error
 
     @classmethod

@@ -74,9 +74,9 @@ class RunFolder:
         path = self.path / "events.jsonl"
         found = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 found.append(json.loads(line))
-        return found
+        return [event for event in found if isinstance(event, dict)]
 
     def bind(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Write ``name`` (a JSON file of settings) once; later calls must agree with it. True if it was there.
@@ -94,14 +94,17 @@ class RunFolder:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; use another run name") from error
+        except (ValueError, RecursionError) as error:
             raise SchemaError(f"{path} is damaged (not JSON): use another run name, or delete the folder") from error
         if not isinstance(stored, dict) or (stored.get("schema"), stored.get("version")) != (SCHEMA, VERSION):
             raise SchemaError(
                 f"{path} is not of {SCHEMA} version {VERSION}: use another run name, or delete the folder"
             )
-        differs = first_difference(stored.get("settings", {}), wanted)
+        settings_of = stored.get("settings")
+        if not isinstance(settings_of, dict):
+            raise SchemaError(f"{path} is damaged (no settings): use another run name, or delete the folder")
+        differs = first_difference(settings_of, wanted)
         if differs:
             where, was, now = differs
             raise InputError(
@@ -132,7 +135,8 @@ def open_run(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Itera
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        # no link: what is written into the lock must not end up in a file elsewhere
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     except OSError as error:
         raise InputError(f"cannot write the run folder {folder}: {error.strerror}; choose a writable folder") from error
     try:
@@ -159,8 +163,11 @@ def _take(lock: int, folder: Path) -> None:
         raise InputError(
             f"another process (pid {owner}) is working in the run folder {folder}: wait for it, or use another run name"
         ) from error
-    os.truncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.truncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        raise InputError(f"cannot write {folder / 'lock'}: {error.strerror}; make room, then go on") from error
 
 
 def _last_byte(path: Path) -> bytes:

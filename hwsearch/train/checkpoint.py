@@ -6,6 +6,7 @@ stranger's checkpoint runs no code.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -51,6 +52,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, step: int, identity: Iden
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(
             f"cannot write the checkpoint {path}: {error.strerror or error}; choose a folder that can be written"
         ) from error
@@ -71,11 +74,15 @@ def load(path: Path, *, identity: Identity) -> tuple[dict[str, Tensor], int, dic
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("hwsearch", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise SchemaError(f"{path} cannot be read ({error}); delete it to start this training afresh") from error
+    header = header if isinstance(header, dict) else {}
     if header.get("schema") != SCHEMA or header.get("version") != VERSION:
         found = f"{header.get('schema')} {header.get('version')}"
         raise SchemaError(f"{path} is {found}, not {SCHEMA} {VERSION}; delete it to start this training afresh")
+    kinds = {"identity": dict, "notes": dict, "step": int}
+    if wrong := [name for name, kind in kinds.items() if type(header.get(name)) is not kind]:
+        raise SchemaError(f"{path} is damaged (its {wrong[0]}); delete it to start this training afresh")
     # compare what JSON makes of it: tuples become lists
     wanted = json.loads(json.dumps(dict(identity)))
     found_identity = header["identity"]
