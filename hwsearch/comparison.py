@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+from hwsearch.errors import AnswerIsNo, NoisyDeviceError
 from hwsearch.preparation import Prepared, Target
 from hwsearch.search.journal import write_atomic
 
@@ -89,13 +90,20 @@ def compare(
         # Where the fewest milliseconds were asked for, uniform scaling gets as many as were found.
         first, *others = budget.limits
         budget = replace(budget, limits=[replace(first, max_ms=result.measured_ms), *others])
-    with console.bar("uniform scaling") as bar:
-        scaled = uniform(ready.space, budget, journal=ready.run.state / "uniform.jsonl", progress=bar)
-    choices = {"full": ready.space.full(), "uniform": scaled.candidate.choice, "found": result.choice}
+    choices = {"full": ready.space.full()}
+    try:
+        with console.bar("uniform scaling") as bar:
+            scaled = uniform(ready.space, budget, journal=ready.run.state / "uniform.jsonl", progress=bar)
+        choices["uniform"] = scaled.candidate.choice
+    except NoisyDeviceError:
+        raise
+    except AnswerIsNo as error:  # what was found stands all the same
+        console.say(f"  uniform scaling is left out, for none keeps the budget: {error}")
+    choices["found"] = result.choice
     networks: dict[str, nn.Module] = {}
     if tuning is not None:
         networks["full"] = ready.module
-    for name in ("full", "uniform") if tuning is None else ("uniform",):
+    for name in [name for name in choices if name != "found" and name not in networks]:
         with console.bar(f"training {name}") as bar:
             networks[name], _ = train_choice(
                 ready.module, ready.space, choices[name], task, tuning or training, scratch=tuning is None,

@@ -12,6 +12,7 @@ from hwsearch.cell_run import about_found, cell_search, found_factory
 from hwsearch.comparison import NetworkRow, compare, with_verdict, write_summary
 from hwsearch.config import RunConfig
 from hwsearch.console import Console
+from hwsearch.kernel_times import time_kernels
 from hwsearch.preparation import Prepared, prepare
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def finish(ready: Prepared, tuning: TrainConfig | None = None) -> Outcome:
         if ready.config.deploy.precision in (None, target.device.precision):
             rows = tuple(with_verdict(row, verdict, at) if row.name == "found" else row for row in rows)
     write_summary(ready, rows, metric_name, verdicts)
+    time_kernels(ready, result, next(row.measured_ms for row in rows if row.name == "found"))
     _explain(ready, result)
     page = report(ready.run.path, ready.run.path / "report.html")
     return Outcome(ready.run.path, rows, metric_name, verdicts, Path(page))

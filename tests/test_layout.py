@@ -49,6 +49,7 @@ ORDER = [
     "cli_shared",
     "cli_device",
     "cli",
+    "__main__",
 ]
 EXEMPT = {"testing"}
 MAX_LINES = 500

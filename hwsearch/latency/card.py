@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from hwsearch.latency.training import Rows
 from hwsearch.latency.validation import OutOfFold, Progress, out_of_fold, random_folds, source_folds
 
 _LEVEL = 0.9
+#: Of the residuals of a kernel family.
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 RIVAL_NAMES = {
     "macs_line": "a line through the MACs",
     "nn_meter": "nn-Meter's features and random forest",
@@ -71,6 +73,8 @@ class ErrorCard:
         kinds: by kernel family, what cross-validation chose to correct its analytic base: trees, ridge, table or base.
         interval: median half-width of the 90 % interval, relative.
         points: of ``unseen``: (measured_ms, predicted_ms, source) of each network.
+        bounds: of ``points``: (low_ms, high_ms) of the 90 % interval, fitted without the network's fold.
+        residuals: by kernel family, the 5, 25, 50, 75 and 95 % quantiles of predicted over observed, less 1.
     """
 
     device: str
@@ -86,6 +90,8 @@ class ErrorCard:
     kinds: Mapping[str, str]
     interval: float
     points: tuple[tuple[float, float, str], ...]
+    bounds: tuple[tuple[float, float], ...] = ()
+    residuals: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, predictor: LatencyPredictor, table: LatencyTable, *, progress: Progress | None = None) -> ErrorCard:
@@ -113,7 +119,7 @@ class ErrorCard:
         other: OutOfFold | None = getattr(predictor, "family_validation_", None)
         if other is None and families.any():
             other = out_of_fold(rows, families, settings, progress, "families held out", checked.kinds)
-        inside, width = _judge(checked, checked, other)
+        inside, low, high = _judge(checked, checked, other)
         left_out = None
         if other is not None:
             left_out = ErrorRow.of(other.predicted_ms, other.measured_ms, _judge(other, checked, other)[0])
@@ -139,13 +145,24 @@ class ErrorCard:
                 if (own := kernel_family == family).any()
             },
             kinds=dict(predictor.kinds_),
-            interval=width,
+            interval=float(np.median((np.exp(high) - np.exp(low)) / 2)),
             points=tuple(
                 (float(f"{measured:.6g}"), float(f"{predicted:.6g}"), str(source))
                 for measured, predicted, source in zip(
                     checked.measured_ms, checked.predicted_ms, rows.source, strict=True
                 )
             ),
+            bounds=tuple(
+                (float(f"{least:.6g}"), float(f"{most:.6g}"))
+                for least, most in zip(
+                    checked.predicted_ms * np.exp(low), checked.predicted_ms * np.exp(high), strict=True
+                )
+            ),
+            residuals={
+                family: _quantiles(checked.kernel_seen_ms[own] / checked.kernel_observed_ms[own] - 1)
+                for family in sorted(set(kernel_family))
+                if (own := kernel_family == family).any()
+            },
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,17 +215,21 @@ def _line(name: str, row: ErrorRow, *, interval: bool = True) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _judge(judged: OutOfFold, checked: OutOfFold, left_out: OutOfFold | None) -> tuple[np.ndarray, float]:
-    """Which networks lie in their 90 % interval, (M,), and the median relative half-width.
+def _quantiles(residuals: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(f"{value:.5g}") for value in np.quantile(residuals, QUANTILES))
+
+
+def _judge(
+    judged: OutOfFold, checked: OutOfFold, left_out: OutOfFold | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which networks lie in their 90 % interval, (M,), and its ends as log(measured / predicted), each (M,).
 
     The networks of a fold are judged by intervals fitted on the errors of the others.
     """
-    inside, width = np.zeros(len(judged.fold), dtype=bool), np.zeros(len(judged.fold))
+    low, high = np.zeros(len(judged.fold)), np.zeros(len(judged.fold))
     for number in range(int(judged.fold.max()) + 1):
         held = judged.fold == number
-        low, high = fit_intervals(checked, left_out, ~held if not held.all() else held).log_bounds(
+        low[held], high[held] = fit_intervals(checked, left_out, ~held if not held.all() else held).log_bounds(
             judged.novelty[held], _LEVEL
         )
-        inside[held] = (judged.log_error[held] >= low) & (judged.log_error[held] <= high)
-        width[held] = (np.exp(high) - np.exp(low)) / 2
-    return inside, float(np.median(width))
+    return (judged.log_error >= low) & (judged.log_error <= high), low, high

@@ -1,7 +1,7 @@
 """The predictor's error card as a section: how far its predictions of unseen networks were off on this device.
 
-Read from ``predictor/`` of the device's table folder: ``card.json`` (an ``ErrorCard``; with ``points``, a list of
-[measured ms, predicted ms, source], it is drawn as a scatter) and the held-out ``log_errors`` of ``manifest.json``.
+Read from ``predictor/`` of the device's table folder: ``card.json`` (an ``ErrorCard``; its ``points``, ``bounds`` and
+``residuals`` are drawn where it has them) and the held-out ``log_errors`` of ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hwsearch.report import figures
+from hwsearch.report import figures, figures_card
 from hwsearch.report.page import Page, absent, halves, panel, percent, plural, table, text
 from hwsearch.report.values import items, mapping, number, positive, read_json, word
 
@@ -40,10 +40,42 @@ def card_section(page: Page, table_folder: Path | None) -> str:
         why = problems[0] if problems else "No predictor card (card.json) is beside the device's table."
         return panel(_TITLE, "", absent(why))
     floor = number(card.get("noise_floor"))
-    drawn = page.figure(_unseen_figure(card, manifest), "Predictions of held-out networks against their measurements")
+    return panel(_TITLE, _sentence(card, unseen, floor), _table(card), *_drawn(page, card, manifest, floor))
+
+
+def _drawn(page: Page, card: Mapping[str, Any], manifest: Mapping[str, Any], floor: float | None) -> list[str]:
+    """Predictions of networks left out of the fit, whether their intervals hold, and the kernels' errors by family."""
+    unseen = page.figure(_unseen_figure(card, manifest), "Predictions of held-out networks against their measurements")
+    held = page.figure(_interval_figure(card), "Measurements of held-out networks in their predicted intervals")
     errors = {str(f)[:60]: e for f, r in mapping(card.get("by_family")).items() if (e := _share(r, "mape")) is not None}
-    families = page.figure(figures.error_by_family(errors, floor), "Mean error by kernel family") if errors else ""
-    return panel(_TITLE, _sentence(card, unseen, floor), _table(card), halves(drawn, families))
+    mean = page.figure(figures.error_by_family(errors, floor), "Mean error by kernel family") if errors else ""
+    spread = page.figure(_residual_figure(card), "Residuals by kernel family")
+    note = (
+        "Left: the mean error of single kernels of held-out networks, by family. Right: their residuals; the box "
+        "holds half of a family's kernels, the whiskers nine in ten."
+    )
+    below = f'<p class="note">{text(note)}</p>' if mean and spread else ""
+    return [halves(unseen, held), below, halves(mean, spread)] if held else [halves(unseen, mean), spread]
+
+
+def _interval_figure(card: Mapping[str, Any]) -> figures.Figure | None:
+    """Where the card has the interval of every held-out network beside its point."""
+    points = []
+    for point, bounds in zip(items(card.get("points")), items(card.get("bounds")), strict=False):
+        if isinstance(point, list) and isinstance(bounds, list) and len(point) >= 2 and len(bounds) == 2:
+            numbers = [positive(value) for value in (*point[:2], *bounds)]
+            if all(value is not None for value in numbers):
+                points.append((numbers[0] or 0.0, numbers[1] or 0.0, numbers[2] or 0.0, numbers[3] or 0.0))
+    return figures_card.intervals(points) if len(points) > 1 else None
+
+
+def _residual_figure(card: Mapping[str, Any]) -> figures.Figure | None:
+    found = {}
+    for family, quantiles in mapping(card.get("residuals")).items():
+        values = [number(value) for value in items(quantiles)]
+        if len(values) == 5 and all(value is not None for value in values):
+            found[str(family)[:60]] = sorted(value or 0.0 for value in values)
+    return figures_card.residuals(found) if found else None
 
 
 def _sentence(card: Mapping[str, Any], unseen: Mapping[str, Any], floor: float | None) -> str:
@@ -79,7 +111,7 @@ def _table(card: Mapping[str, Any]) -> str:
             ]
         )
     head = ["", "networks", "mean error", "within 5 %", "within 10 %", "rank correlation", "in 90 % interval"]
-    return table(head, rows, stack=True)
+    return table([name.replace(" %", "\u00a0%") for name in head], rows, stack=True)
 
 
 def _share(row: object, key: str) -> float | None:

@@ -1,108 +1,27 @@
-"""Figures as plain dictionaries in plotly's format: pure functions of what was read.
-
-Each returns {data, layout, narrow, height, narrow_height}; ``narrow`` patches the layout on a small screen. Names from
-files are escaped here (``label``), because plotly reads its labels as a kind of HTML.
-"""
+"""Figures as plain dictionaries in plotly's format: pure functions of what was read. See ``chart`` for the style."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hwsearch.report.chart import LINES as _LINES
+from hwsearch.report.chart import NAMES_DOWN as _NAMES_DOWN
+from hwsearch.report.chart import Figure, Trace, colour_of, label
+from hwsearch.report.chart import bars as _bars
+from hwsearch.report.chart import chart as _figure
+from hwsearch.report.chart import dots as _points
+from hwsearch.report.chart import line as _line
+from hwsearch.report.chart import log_axis as _log_axis
+from hwsearch.report.chart import mark as _mark
 from hwsearch.report.page import ms as as_ms
 from hwsearch.report.run_data import CandidatePoint, Curve, GroupRow, KernelTime, LayerBar, Row, StairLine
-from hwsearch.report.style import BOUND_COLOURS, FAMILY_COLOURS, FOUND, FULL, GRID, INK, MUTED, UNIFORM
+from hwsearch.report.style import BOUND_COLOURS, FAMILY_COLOURS, FOUND, GRID, INK, MUTED, UNIFORM
 
-Figure = dict[str, Any]
-Trace = dict[str, Any]
-
-_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
-_LINES = (FOUND, UNIFORM, "#0f8f7b", "#7a55c7", "#cc4b74", "#7b8f2a", "#24407a", FULL)
 _OTHERS = _LINES[2:7]
 _MOST_POINTS = 4000
-_NAMES_DOWN = {"autorange": "reversed", "showgrid": False}
-
-
-def label(value: object, most: int = 40) -> str:
-    """A name as plotly text: escaped; of a long one the end, which is what tells layers apart."""
-    plain = str(value)
-    return html.escape(plain if len(plain) <= most else f"…{plain[1 - most :]}", quote=False)
-
-
-def colour_of(row: str) -> str:
-    """The colour of a network of the comparison by its name, "" for any other."""
-    known = {"found": FOUND, "winner": FOUND, "uniform": UNIFORM, "full": FULL}
-    return next((colour for word, colour in known.items() if word in row.lower()), "")
-
-
-# --- the house style ---
-
-
-def _figure(
-    data: list[Trace],
-    x: Mapping[str, Any],
-    y: Mapping[str, Any],
-    height: int,
-    *,
-    narrow_height: int = 0,
-    narrow: Mapping[str, Any] | None = None,
-    **layout: Any,
-) -> Figure:
-    """No box, a thin grid, the legend above; ``x`` and ``y`` are axes with a plain ``title``."""
-    base: dict[str, Any] = {
-        "font": {"family": _FONT, "size": 13, "color": INK},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 8, "r": 12, "t": 34, "b": 8},
-        "hoverlabel": {
-            "bgcolor": "#fff",
-            "bordercolor": "#c9cfd9",
-            "font": {"family": _FONT, "size": 13, "color": INK},
-        },
-        "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom", "traceorder": "normal"},
-        "showlegend": True,
-        "xaxis": _axis(x),
-        "yaxis": _axis(y),
-        **layout,
-    }
-    heights = {"height": height, "narrow_height": narrow_height or height}
-    return {"data": data, "layout": base, "narrow": dict(narrow or {}), **heights}
-
-
-def _axis(given: Mapping[str, Any]) -> dict[str, Any]:
-    axis = {"gridcolor": GRID, "zeroline": False, "automargin": True, "tickfont": {"color": MUTED, "size": 12}}
-    axis |= {"ticks": "outside", "ticklen": 5, "tickcolor": "rgba(0,0,0,0)"}  # room between labels and bars
-    title = {"text": given.get("title", ""), "font": {"size": 13, "color": MUTED}, "standoff": 10}
-    return {**axis, **given, "title": title}
-
-
-def _points(name: str, x: list[float], y: list[float], colour: str, hover: str, **marker: Any) -> Trace:
-    style = {"color": colour, "size": 7, "line": {"width": 0.5, "color": "#fff"}, **marker}
-    return {"type": "scatter", "mode": "markers", "name": name, "x": x, "y": y, "marker": style, "hovertemplate": hover}
-
-
-def _line(name: str, x: list[float], y: list[float], colour: str, *, shape: str = "linear", hover: str = "") -> Trace:
-    style = {"color": colour, "width": 2 if hover else 1.5, "shape": shape}
-    tell = {"hovertemplate": hover} if hover else {"hoverinfo": "skip"}
-    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": style, **tell}
-
-
-def _bars(name: str, places: list[Any], lengths: list[Any], colour: Any, hover: str, **other: Any) -> Trace:
-    """Horizontal bars."""
-    tell = {"hovertemplate": hover} if hover else {"hoverinfo": "skip"}
-    bars = {"type": "bar", "orientation": "h", "name": name, "y": places, "x": lengths, "marker": {"color": colour}}
-    return {**bars, **tell, **other}
-
-
-def _mark(place: float, words: str, *, top: bool) -> dict[str, Any]:
-    """A dashed line across the figure at ``x = place``, with words beside it."""
-    line = {"color": INK, "width": 1.5, "dash": "dash"}
-    shape = {"type": "line", "x0": place, "x1": place, "yref": "paper", "y0": 0, "y1": 1, "line": line}
-    where = {"x": place, "y": 1 if top else 0, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-    where |= {"xanchor": "left" if top else "right", "xshift": -4}
-    return {"shapes": [shape], "annotations": [{**where, "text": words, "font": {"size": 12, "color": INK}}]}
+_MOST_SOURCES = 6  # with names of their own in a legend
 
 
 # --- a run ---
@@ -276,7 +195,7 @@ def predicted_against_measured(points: Sequence[tuple[float, float, str]]) -> Fi
     high = max(max(m, p) for m, p, _ in points) * 1.1
     band = _line("±10 %", [low, high, high, low], [low * 1.1, high * 1.1, high * 0.9, low * 0.9], FOUND)
     data = [{**band, "fill": "toself", "fillcolor": "rgba(11,98,196,.12)", "line": {"width": 0}}]
-    hover = "measured %{x:.3g} ms, predicted %{y:.3g} ms<extra>%{fullData.name}</extra>"
+    hover = "measured %{x:.3g} ms, predicted %{y:.3g} ms<extra>%{text}</extra>"
     data += _by_source(points, hover)
     data.append({**_line("equal", [low, high], [low, high], INK), "showlegend": False})
     log = _log_axis(low, high)
@@ -309,28 +228,25 @@ def error_by_family(errors: Mapping[str, float], noise_floor: float | None) -> F
 
 def macs_against_ms(points: Sequence[tuple[float, float, str]]) -> Figure:
     """Every measured network of a table: (MACs, measured ms, family it was drawn from)."""
-    data = _by_source(points, "%{x:.3s} MACs, %{y:.3g} ms<extra>%{fullData.name}</extra>")
+    data = _by_source(points, "%{x:.3s} MACs, %{y:.3g} ms<extra>%{text}</extra>")
     x = {"title": "MACs", "type": "log", "dtick": "D2", "tickformat": "~s"}
     y = {"title": "measured ms", **_log_axis(min(t for _, t, _ in points) * 0.9, max(t for _, t, _ in points) * 1.1)}
     return _figure(data, x, y, 430, narrow_height=420)
 
 
-def _log_axis(low: float, high: float) -> dict[str, Any]:
-    """A logarithmic axis of milliseconds with whole labels: 0.1, 0.2, 0.5, 1 ..."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [factor * 10.0**power for power in decades for factor in (1, 2, 5)]
-    shown = [tick for tick in ticks if low <= tick <= high]
-    span = [math.log10(low), math.log10(high)]
-    return {"type": "log", "range": span, "tickvals": shown, "ticktext": [f"{tick:.6g}" for tick in shown]}
-
-
 def _by_source(points: Sequence[tuple[float, float, str]], hover: str) -> list[Trace]:
-    """(x, y, source) as one trace a source."""
+    """(x, y, source) as one trace a source, or a kind of source where they are many."""
+    many = len({source for _, _, source in points}) > _MOST_SOURCES
+    groups: dict[str, list[tuple[float, float, str]]] = {}
+    for point in sorted(points, key=lambda p: p[2]):
+        kind, _, name = point[2].partition(":")
+        words = {"random": "random networks", "space": "widths of a model"}.get(kind, kind)
+        groups.setdefault(words if many or not name else f"{words}, {name}", []).append(point)
     traces = []
-    for at, source in enumerate(sorted({source for _, _, source in points})):
-        x, y = [a for a, _, s in points if s == source], [b for _, b, s in points if s == source]
-        colour = _LINES[at % len(_LINES)]
-        traces.append(_points(label(source, 28), x, y, colour, hover, size=6, opacity=0.75))
+    for at, (name, own) in enumerate(groups.items()):
+        x, y = [a for a, _, _ in own], [b for _, b, _ in own]
+        trace = _points(label(name, 28), x, y, _LINES[at % len(_LINES)], hover, size=6, opacity=0.75)
+        traces.append({**trace, "text": [label(source, 28) for _, _, source in own]})
     return traces
 
 
@@ -367,7 +283,7 @@ def groups(rows: Sequence[GroupRow]) -> Figure:
     height = 110 + 18 * len(layers)
     return _figure(
         [trace for trace in data if trace], {**columns, "tickangle": -60, "showgrid": False},
-        {**ticks, **_NAMES_DOWN}, height, narrow={"xaxis.showticklabels": False},
+        {**ticks, **_NAMES_DOWN}, height, narrow={"xaxis": {"showticklabels": False}},
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ Files and fields that are looked at::
     events.jsonl            anything with a step or epoch and a loss or metric; or history: [[step, loss], ...]
     state/*/checkpoint.safetensors      the training history in its header
     bundle/manifest.json, bundle/verdict.json
+    kernels.json            the found network's kernels, predicted and measured
     explain.json            layers, stairs and reasons of an explanation
     space.json              the width groups with their costs, and what is frozen
     state/quality.jsonl     of CONetV2: quality of every layer after every epoch of its trials
@@ -37,11 +38,12 @@ _LOSSES = ("loss", "train_loss", "valid_loss")
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One executed node and its predicted milliseconds."""
+    """One executed node, its predicted milliseconds, and the measured ones where it was timed."""
 
     node: str
     family: str
     ms: float
+    measured_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ class RunData:
     result: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     explanation: dict[str, Any] = field(default_factory=dict)
+    kernel_times: dict[str, Any] = field(default_factory=dict)
+    started: dict[str, Any] = field(default_factory=dict)
     space: dict[str, Any] = field(default_factory=dict)
     quality: tuple[dict[str, Any], ...] = ()
     seconds: tuple[tuple[str, float], ...] = ()
@@ -210,6 +214,8 @@ def read_run(folder: Path) -> RunData:
         result=result,
         summary=head,
         explanation=mapping(read_json(folder / "explain.json", problems)),
+        kernel_times=mapping(read_json(folder / "kernels.json", problems)),
+        started=next((event for event in reversed(events) if event.get("event") == "run_started"), {}),
         space=mapping(read_json(folder / "space.json", problems)),
         quality=tuple(read_json_lines(folder / "state" / "quality.jsonl", problems)),
         seconds=tuple(_seconds(events)),
@@ -311,3 +317,27 @@ def _seconds(events: list[dict[str, Any]]) -> Iterable[tuple[str, float]]:
         name = word(event.get("stage")) or word(event.get("phase")) or word(event.get("event"))
         if took is not None and name:
             yield name, took
+    yield from _between(events).items()
+
+
+#: The event that ends a stage of a run.
+_ENDS = {
+    "search_started": "preparation", "search_finished": "search", "compared": "comparison",
+    "verified": "deployment and verification",
+}  # fmt: skip
+
+
+def _between(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of the stages that a run went through, all processes that worked on it together."""
+    found: dict[str, float] = {}
+    before = 0.0
+    for event in events:
+        kind, now = word(event.get("event")), number(event.get("elapsed_s"))
+        if now is None:
+            continue
+        if kind == "run_started":
+            before = now
+        elif kind in _ENDS:
+            found[_ENDS[kind]] = found.get(_ENDS[kind], 0.0) + max(now - before, 0.0)
+            before = now
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from hwsearch.deploy.verdict import Verdict
 from hwsearch.report import figures
@@ -11,6 +10,8 @@ from hwsearch.report.card_section import card_section
 from hwsearch.report.cells_section import cells_section
 from hwsearch.report.devices_section import devices_section
 from hwsearch.report.explain_section import explain_section, of_run
+from hwsearch.report.front_section import front_section
+from hwsearch.report.kernels_section import kernels_section
 from hwsearch.report.page import (
     Page,
     absent,
@@ -22,15 +23,37 @@ from hwsearch.report.page import (
     ms,
     panel,
     percent,
-    plural,
     table,
     text,
 )
+from hwsearch.report.provenance_section import provenance_section
 from hwsearch.report.quality_section import quality_section
 from hwsearch.report.run_data import Row, RunData
 from hwsearch.report.space_section import space_section
-from hwsearch.report.values import mapping, positive
 
+#: Kinds of kernels, as ``hwsearch.graph.kernel`` calls them.
+KINDS = {
+    "conv": "a dense convolution",
+    "conv_first": "a convolution of an input with few channels, as an image",
+    "pointwise": "a 1x1 convolution",
+    "depthwise": "a convolution of each channel on its own",
+    "grouped": "a convolution of groups of channels",
+    "conv_transpose": "a transposed convolution",
+    "gemm": "a fully connected layer, or another product of matrices",
+    "attention": "scores, softmax and mixing of attention in one",
+    "recurrent": "a recurrent layer",
+    "pool": "pooling over a window",
+    "global_pool": "pooling over the whole image",
+    "reduce": "any other sum, mean or maximum along axes",
+    "norm": "a normalisation over each example, and softmax",
+    "elementwise": "sums, products and activations that no other kernel took along",
+    "resize": "interpolation",
+    "reorder": "a change of the memory layout, which the runtime puts between kernels",
+    "concat": "joins channels",
+    "move": "moves bytes: transpose, slice, split, pad",
+    "free": "a view, which costs next to nothing",
+    "other": "anything else",
+}
 _STATES = {"pass": "Pass", "conditional": "Conditional", "fail": "Fail"}
 
 
@@ -41,16 +64,16 @@ def run_page(run: RunData, table_folder: Path | None) -> Page:
     page.add(cards(run))
     page.add(comparison(run))
     page.add(devices_section(page, run))
-    page.add(front(page, run))
+    page.add(front_section(page, run))
     page.add(f'<div class="split">{widths(page, run)}{families(page, run)}</div>')
     page.add(cells_section(page, run.result))
     page.add(space_section(page, run.space))
-    page.add(kernels(page, run))
+    page.add(kernels_section(page, run))
     page.add(explain_section(page, of_run(run)))
     page.add(card_section(page, table_folder))
     page.add(training(page, run))
     page.add(quality_section(page, run.quality))
-    page.add(provenance(run))
+    page.add(provenance_section(run))
     return page
 
 
@@ -214,23 +237,6 @@ def race(run: RunData) -> str:
     return f'<div class="race">{"".join(lines)}{overlay}</div>'
 
 
-def front(page: Page, run: RunData) -> str:
-    """The candidates of the search."""
-    title = "Candidates of the search"
-    if not run.candidates:
-        return panel(title, "", absent("result.json lists no candidates."))
-    score = run.result.get("loss")
-    best = float(score) if isinstance(score, int | float) and not isinstance(score, bool) else None
-    figure = figures.candidates(run.candidates, run.found, run.budget_ms, best)
-    note = (
-        f"{plural(len(run.candidates), 'candidate')}, each scored with shared weights before any training of its own; "
-        "lower is better. The line is the best score that each number of milliseconds buys."
-    )
-    return panel(
-        title, note, page.figure(figure, f"Search score against predicted ms of {len(run.candidates)} candidates")
-    )
-
-
 def widths(page: Page, run: RunData) -> str:
     """Units per width group."""
     found, full = run.found, run.full
@@ -252,18 +258,10 @@ def families(page: Page, run: RunData) -> str:
         return panel(title, "", absent("summary.json lists no kernels: the prediction was not broken down."))
     shown = [row for row in (run.full, run.found) if row in rows] or rows[:3]
     note = "Predicted milliseconds by kind of kernel, from the runtime's own optimised graph."
-    return panel(title, note, page.figure(figures.families(shown), "Predicted ms by kernel family"))
-
-
-def kernels(page: Page, run: RunData) -> str:
-    """Predicted milliseconds of every executed kernel of the found network."""
-    found = run.found
-    if found is None or not found.kernels:
-        return ""
-    note = f"{plural(len(found.kernels), 'kernel')} of the found network, as the runtime executes them."
-    rows = [[text(k.node), text(k.family), ms(k.ms)] for k in sorted(found.kernels, key=lambda k: -k.ms)]
-    figure = page.figure(figures.kernels(found), "Predicted ms of each kernel in order of execution")
-    return panel("Kernel by kernel", note, figure, details("As a table", table(["node", "family", "ms"], rows)))
+    kinds = {kernel.family for row in shown for kernel in row.kernels}
+    words = definitions((kind, KINDS[kind]) for kind in KINDS if kind in kinds)
+    figure = page.figure(figures.families(shown), "Predicted ms by kernel family")
+    return panel(title, note, figure, details("What the kinds are", words))
 
 
 def training(page: Page, run: RunData) -> str:
@@ -275,39 +273,6 @@ def training(page: Page, run: RunData) -> str:
     ]
     if not any(drawn):
         return panel("Training", "", absent("No training curve is recorded."))
-    return panel("Training", "Each phase by its own steps.", halves(*drawn))
-
-
-def provenance(run: RunData) -> str:
-    """Where the numbers come from."""
-    fingerprint = mapping(run.manifest.get("fingerprint"))
-    pairs: list[tuple[str, Any]] = [("run folder", run.folder)]
-    pairs += [(key, run.result[key]) for key in ("method", "seed") if run.result.get(key) is not None]
-    pairs += [(key.replace("_", " "), value) for key, value in fingerprint.items()]
-    for key, unit in (("reference_ms", "ms"), ("noise_floor", "")):
-        value = positive(run.manifest.get(key))
-        if value is not None:
-            pairs.append(
-                (key.replace("_ms", " speed").replace("_", " "), f"{ms(value)} {unit}" if unit else percent(value))
-            )
-    model = mapping(mapping(run.manifest.get("files")).get("model.onnx"))
-    if model:
-        pairs.append(("model.onnx", f"sha256 {model.get('sha256')}"))
-    pairs += [(f"took: {name}", f"{seconds:,.1f} s") for name, seconds in run.seconds[:20]]
-    content = definitions((str(key), value) for key, value in pairs)
-    if run.settings:
-        lines = sorted(_flat(run.settings))
-        content += details("All settings", table(["setting", "value"], [[text(k), text(v)] for k, v in lines[:400]]))
-    if run.problems:
-        content += "".join(absent(f"Left out: {problem}") for problem in run.problems)
-    return panel("Provenance", "", content)
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            found += _flat(item, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", str(item)[:200]))
-    return found
+    note = "Mean training loss along each training's own steps. winner: the found network; supernet: shared weights, "
+    note += "which candidates were scored with."
+    return panel("Training", note, halves(*drawn))

@@ -199,12 +199,15 @@ def write_run(folder: Path, *, status: str = "pass", candidates: int = 400) -> P
     (folder / "bundle").mkdir(parents=True)
     settings = {"device": "x86-ort-1t", "budget_ms": 1.5, "train": {"epochs": 3}}
     config = {"schema": "hwsearch.run", "version": 1, "settings": settings}
+    timed = [{**kernel, "measured_ms": kernel["ms"] / 1.013} for kernel in kernels(found_ms * 1.013, 3)]
+    times = {"schema": "hwsearch.kernel_times", "version": 1, "device": "x86-ort-1t", "kernels": timed}
     for name, value in (
         ("result.json", result),
         ("summary.json", summary),
         ("config.json", config),
         ("explain.json", explanation()),
         ("space.json", width_space()),
+        ("kernels.json", times),
         ("bundle/manifest.json", manifest),
         ("bundle/verdict.json", verdict),
     ):
@@ -236,6 +239,10 @@ def write_card(table: Path, *, points: bool = False) -> Path:
             [float(m), float(m * math.exp(-e)), ("random:resnet", "random:mobile")[i % 2]]
             for i, (m, e) in enumerate(zip(measured, rng.permutation(logs), strict=True))
         ]
+        card["bounds"] = [[point[1] * 0.9, point[1] * 1.1] for point in card["points"]]
+        card["residuals"] = {
+            family: [round(factor * mape, 6) for factor in (-2, -0.5, 0.1, 0.6, 2)] for family, mape in families.items()
+        }
     (table / "predictor").mkdir(parents=True)
     (table / "predictor" / "card.json").write_text(json.dumps(card))
     (table / "predictor" / "manifest.json").write_text(json.dumps({"log_errors": logs}))

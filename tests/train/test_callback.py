@@ -253,7 +253,7 @@ def settings(**sections: Any) -> RunConfig:
 def test_a_config_names_a_callback_for_networks_only() -> None:
     assert settings(train={"callback": "mine:Recipe"}).training().callback == "mine:Recipe"
     assert settings().training().callback is None
-    with pytest.raises(InputError, match="supernet.callback is no setting"):
+    with pytest.raises(InputError, match=r"supernet\.callback is no setting"):
         settings(supernet={"callback": "mine:Recipe"})
     with pytest.raises(InputError, match="give module:name of your own code"):
         settings(train={"callback": "mine.py"})

@@ -12,7 +12,6 @@ import torch
 
 from hwsearch.errors import InputError, SchemaError
 from hwsearch.train.data import (
-    Examples,
     Shuffle,
     TensorExamples,
     in_order,

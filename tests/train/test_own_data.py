@@ -57,9 +57,7 @@ def test_any_torch_data_set_serves() -> None:
 def test_what_items_draw_follows_the_step_and_disturbs_nobody() -> None:
     examples = DatasetExamples(Drawn(), "drawn")
     before = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    one, again, other = (
-        examples.take(np.array([1, 2]), augment=np.random.default_rng(seed))[0] for seed in (1, 1, 2)
-    )
+    one, again, other = (examples.take(np.array([1, 2]), augment=np.random.default_rng(seed))[0] for seed in (1, 1, 2))
     plain, same = (examples.take(np.array([1, 2]))[0] for _ in range(2))
     after = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     assert torch.equal(one, again)
