@@ -8,8 +8,9 @@ from importlib.util import find_spec
 import pytest
 
 from hwsearch.device import runtime_simulated, runtime_tensorrt
+from hwsearch.device.onnx_cuda import CUDA, providers
 from hwsearch.device.spec import Device
-from hwsearch.errors import CheckFailedError, DeviceJobError
+from hwsearch.errors import CheckFailedError, DeviceJobError, DeviceUnavailableError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.testing import RUNTIME_CHECKS, check_runtime
 
@@ -18,16 +19,22 @@ DEVICES = [
     Device("ort", "onnxruntime"),
     Device("openvino", "openvino"),
     Device("tensorrt", "tensorrt"),
+    Device("gpu", "onnxruntime", options={"provider": CUDA}),
 ]
 
 
 @pytest.mark.parametrize("check", RUNTIME_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.runtime)
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 def test_a_runtime_keeps_its_promises(device: Device, check: Callable[[Device], None]) -> None:
     if device.runtime == "tensorrt":
         try:
             runtime_tensorrt.facts_of(device)
         except DeviceJobError as error:
+            pytest.skip(str(error))
+    elif device.name == "gpu":
+        try:
+            providers(device)
+        except DeviceUnavailableError as error:
             pytest.skip(str(error))
     elif find_spec(device.runtime) is None and device.runtime != "simulated":
         pytest.skip(f"{device.runtime} is not installed")

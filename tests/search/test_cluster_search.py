@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -40,24 +42,25 @@ PROOF, BATCHES = 8, 4
 
 @dataclass(frozen=True)
 class Deadly(Classification):
-    """Once, in a process other than ``home``, ends it as ``kill -9`` does."""
+    """Once, in a process other than ``home``, ends it as ``kill -9`` does; or its whole pretended machine."""
 
     mark: str = ""
     home: int = 0
+    machine: bool = False
 
     def tally(self, output: Tensor, batch: Batch) -> Tensor:
         seen = self.__dict__["seen"] = self.__dict__.get("seen", 0) + 1
         if os.getpid() == self.home:
             if cluster.current() is not None and not Path(self.mark).exists():
-                time.sleep(0.2)  # or this process had judged everything before a worker has started
+                time.sleep(0.5)  # or this process had judged everything before a worker has started
         elif seen == PROOF + BATCHES // 2:
             with contextlib.suppress(FileExistsError):  # of two that come here together one dies
                 Path(self.mark).touch(exist_ok=False)
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getppid() if self.machine else os.getpid(), signal.SIGKILL)
         return super().tally(output, batch)
 
 
-def search(folder: Path, mark: Path) -> dict[str, Any]:
+def search(folder: Path, mark: Path, *, machine: bool = False) -> dict[str, Any]:
     """A whole small search: super-network, evolution, finalists, winner; everything that it gives, bit for bit."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -71,6 +74,7 @@ def search(folder: Path, mark: Path) -> dict[str, Any]:
         synthetic_images(64, classes=4, shape=(1, 8, 8), seed=2),
         mark=str(mark),
         home=os.getpid(),
+        machine=machine,
     )
     training = TrainConfig(steps=6, batch_size=16, learning_rate=0.05, checkpoint_s=0)
     config = CafeNetConfig(
@@ -92,11 +96,34 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two_workers() -> Iterator[Any]:
-    """A cluster of two workers on this machine, which also offers two devices."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process finds."""
+    folder = tmp_path_factory.mktemp("alone")
+    found = search(folder / "run", folder / "never")
+    assert not (folder / "never").exists()
     # workers cannot import this file: what it defines is sent along
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    return found
+
+
+@pytest.fixture
+def two_machines() -> Iterator[None]:
+    """Two pretended machines (a raylet each) of a processor each, and a head that only keeps the books."""
+    from ray.cluster_utils import Cluster
+
+    books = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(2):
+        books.add_node(num_cpus=1)
+    ray.init(address=books.address, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    books.shutdown()
+
+
+@pytest.fixture
+def two_workers(alone: dict[str, Any]) -> Iterator[Any]:
+    """A cluster of two workers on this machine, which also offers two devices."""
     ray.init(
         address="local", num_cpus=2, resources={"device-one": 1, "device-two": 1}, include_dashboard=False,
         log_to_driver=False, logging_level="ERROR",
@@ -105,9 +132,9 @@ def two_workers() -> Iterator[Any]:
     ray.shutdown()
 
 
-def test_a_search_on_a_cluster_is_the_search_of_one_process(two_workers: Any, tmp_path: Path) -> None:
-    alone = search(tmp_path / "alone", tmp_path / "never")
-    assert not (tmp_path / "never").exists()
+def test_a_search_on_a_cluster_is_the_search_of_one_process(
+    alone: dict[str, Any], two_workers: Any, tmp_path: Path
+) -> None:
     said: list[str] = []
     with cluster.joined("auto", said.append) as joined:
         assert joined is not None
@@ -119,7 +146,40 @@ def test_a_search_on_a_cluster_is_the_search_of_one_process(two_workers: Any, tm
     assert said[1:] == [f"the cluster's workers did {crew.done_there} of {crew.done_there + crew.done_here} candidates"]
     assert crew.done_there > 0
     assert spread == alone
-    assert lines(tmp_path / "spread/state/finalists.jsonl")[0] == lines(tmp_path / "alone/state/finalists.jsonl")[0]
+
+
+def test_a_machine_that_is_gone_half_way_changes_nothing(
+    alone: dict[str, Any], two_machines: None, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    with cluster.joined("auto", said.append) as joined:
+        assert joined is not None
+        assert joined.processors == 2
+        spread = search(tmp_path / "spread", tmp_path / "died", machine=True)
+        (crew,) = joined._crews
+    assert (tmp_path / "died").exists(), f"no machine was killed: {said}"
+    assert crew.lost == 1
+    assert crew.done_there > 0
+    assert spread == alone
+
+
+def test_results_stand_alone_on_standard_output(home: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "hwsearch.cli",
+        "profile",
+        "-d",
+        "simulated",
+        "--minutes",
+        "0.01",
+        "--ray",
+        "local",
+    ]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (one,) = json.loads(done.stdout)["devices"]
+    assert one["networks"] > 0
 
 
 def half_way(device: Device) -> bool:
