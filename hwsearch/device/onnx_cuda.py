@@ -136,7 +136,7 @@ def node_microseconds(events: list[dict[str, Any]], nodes: list[dict[str, Any]])
 
 
 def _available() -> None:
-    """That the installed package has the provider at all; its libraries are made known to it.
+    """That the installed package has the provider at all; the libraries that it needs are loaded.
 
     Raises:
         DeviceUnavailableError: it has not.
@@ -148,6 +148,14 @@ def _available() -> None:
             f"onnxruntime {onnxruntime.__version__} has no {CUDA}: pip uninstall onnxruntime, then pip install "
             "'onnxruntime-gpu[cuda,cudnn]' (the two packages share one module)"
         )
+    _preload()
+
+
+@cache
+def _preload() -> None:
+    """CUDA and cuDNN where pip puts them, which the system's linker does not know."""
+    import onnxruntime
+
     preload = getattr(onnxruntime, "preload_dlls", None)
     if preload is not None:
         preload()

@@ -44,8 +44,8 @@ def joined(address: str | None, say: Say | None = None) -> Iterator[Cluster | No
     """Connect to a Ray cluster; None for an address does nothing at all.
 
     Args:
-        address: ``auto`` (the cluster that this machine belongs to), ``host:port`` of its head, ``ray://host:port``, or
-            ``local``: processes of this machine. A program that has connected to Ray itself keeps its connection.
+        address: ``auto`` (the cluster that this machine belongs to), ``host:port`` of its head, or ``local``: processes
+            of this machine. A program that has connected to Ray itself keeps its connection.
         say: told in one line about workers that are left out or lost.
 
     Raises:
