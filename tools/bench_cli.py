@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How long hwsearch itself takes to start and to answer, process by process, as a person at a terminal waits for it.
 
-    python tools/bench_cli.py --device x86-ort-1t          the device has a predictor (hwsearch profile, hwsearch fit)
+    python tools/bench_cli.py --device x86-ort-1t          a device with a predictor (hwsearch profile, hwsearch fit)
     python tools/bench_cli.py --device simulated --quick   to try it out: a small network, a device made on the spot
 
 Four commands in turn: an interpreter that does nothing (part of every other line), ``import hwsearch``, ``hwsearch
