@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import re
@@ -17,6 +18,7 @@ from hwsearch.graph.capture import first_line
 if TYPE_CHECKING:
     from torch import nn
 
+_TIMM = "timm:"
 _SPEC = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -31,7 +33,8 @@ def is_factory_name(text: str) -> bool:
 
 
 def find_factory(spec: str, what: str = "model") -> Callable[..., Any]:
-    """The callable that ``package.module:factory`` names. The working directory is searched as Python itself would.
+    """The callable that ``package.module:factory`` names, or ``timm:name`` of models. The working directory is
+    searched as Python itself would.
 
     Importing runs the module's code: only names that the user typed, also into a config, may come here; never names
     from a file that hwsearch wrote, which may come from somebody else.
@@ -42,6 +45,8 @@ def find_factory(spec: str, what: str = "model") -> Callable[..., Any]:
     Raises:
         InputError: the text is no such name, the module is missing or fails to import, or it has no such callable.
     """
+    if what == "model" and isinstance(spec, str) and spec.startswith(_TIMM):
+        return _timm(spec)
     if not isinstance(spec, str) or not is_factory_name(spec):
         such = ", such as hwsearch.models.vgg:vgg_small" if what == "model" else ""
         raise InputError(f"{spec!r} does not name a {what}; write package.module:factory{such}")
@@ -95,6 +100,22 @@ def call(spec: str, factory: Callable[..., Any], kwargs: Mapping[str, Any] | Non
         raise
     except (Exception, SystemExit) as error:
         raise InputError(f"the {what} factory {spec} fails: {failure(error)}") from error
+
+
+def _timm(spec: str) -> Callable[..., Any]:
+    """The factory of a model of the timm library, without pre-trained weights unless it is asked for them."""
+    try:
+        timm = importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise InputError(f"{spec} needs the timm library; install it with: pip install timm") from error
+    except Exception as error:
+        raise InputError(f"importing timm for {spec} fails: {first_line(error)}; reinstall timm") from error
+    name = spec.removeprefix(_TIMM)
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:5] if name else []
+        hint = f"; close names are {', '.join(near)}" if near else "; timm.list_models() lists them"
+        raise InputError(f"timm has no model {name!r}{hint}")
+    return functools.partial(timm.create_model, name)
 
 
 def failure(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hwsearch.errors import InputError
+from hwsearch.graph.model_folder import load_model, save_model
 from hwsearch.models import load_factory
 
 torch.set_num_threads(1)
@@ -102,4 +103,11 @@ def test_timm_models_are_built_by_name(tmp_path: Path, monkeypatch: pytest.Monke
     assert load_factory("timm:tiny", num_classes=6).out_features == 6
     with pytest.raises(InputError, match="timm has no model 'tin'; close names are tiny"):
         load_factory("timm:tin")
+    # a run folder names its factory so, and whoever trusts it repeats the name
+    folder = save_model(
+        tmp_path / "saved", load_factory("timm:tiny"), factory="timm:tiny", input_shape=(1, 3), factory_kwargs={}
+    )
+    with pytest.raises(InputError, match="allow-factory timm:tiny"):
+        load_model(folder)
+    assert load_model(folder, allow_factory="timm:tiny").out_features == 2
     sys.modules.pop("timm")
