@@ -19,6 +19,10 @@ from hwsearch.errors import InputError, SchemaError
 
 SCHEMA, VERSION = "hwsearch.verdict", 1
 STATUSES = ("pass", "conditional", "fail")
+_TIMES = (
+    "budget_ms", "predicted_ms", "measured_ms", "raw_p50_ms", "raw_p90_ms", "spread", "noise_floor", "sqnr_db",
+    "promised_sqnr_db",
+)  # fmt: skip
 #: Fields that verdicts of earlier releases lack.
 _ADDED = ("precision", "sqnr_db", "promised_sqnr_db")
 #: Decibels of what cannot be told apart.
@@ -106,6 +110,12 @@ class Verdict:
             )
             numerics = Numerics(bool(found["ok"]), absolute, relative, allowed, int(found["cases"]))
             lists = {key: tuple(map(str, known[key])) for key in ("reasons", "notes")}
+            for name in (*_TIMES, "rounds"):
+                value = known.get(name)
+                if value is not None and (isinstance(value, bool) or not -1e300 <= value <= 1e300):
+                    raise ValueError(f"{name} is no number")
+            if not all(isinstance(known.get(name, ""), str) for name in ("name", "device", "precision")):
+                raise TypeError("a name is no text")
             return cls(**{**known, **lists, "numerics": numerics})
         except OSError as error:
             raise SchemaError(f"{path} cannot be read ({error.strerror})") from error
@@ -115,7 +125,8 @@ class Verdict:
 
 def compare(pairs: list[tuple[np.ndarray, np.ndarray]], relative: float, absolute: float) -> Numerics:
     """Golden outputs against a runtime's: (golden, got) pairs. A case passes when
-    ``max|got - golden| <= absolute + relative * max|golden|``; a wrong shape or NaN never does."""
+    ``max|got - golden| <= absolute + relative * max|golden|``; a wrong shape, or a number that is not finite on either
+    side, never does."""
     allowed, errors, ratios = [], [], []
     for golden, got in pairs:
         scale = float(np.abs(golden.astype(np.float64)).max(initial=0.0))
@@ -126,7 +137,8 @@ def compare(pairs: list[tuple[np.ndarray, np.ndarray]], relative: float, absolut
         ratios.append(errors[-1] / scale if scale else (0.0 if error == 0 else math.inf))
         allowed.append(absolute + relative * scale)
     worst = max(range(len(pairs)), key=lambda i: errors[i] / max(allowed[i], 1e-300))
-    ok = all(error <= limit for error, limit in zip(errors, allowed, strict=True))
+    # of golden outputs that are not finite anything would be within the tolerance
+    ok = all(math.isfinite(limit) and error <= limit for error, limit in zip(errors, allowed, strict=True))
     return Numerics(ok, max(errors), max(ratios), allowed[worst], len(pairs))
 
 

@@ -60,7 +60,10 @@ class Profiled:
     @classmethod
     def from_dict(cls, data: Mapping[str, Sequence[Sequence[int]]]) -> Profiled:
         """The inverse of ``to_dict``; ValueError or TypeError on a damaged one."""
-        return cls({str(kind): np.array(cells, dtype=np.int64).reshape(-1, 3) for kind, cells in data.items()})
+        found = {str(kind): np.array(cells, dtype=np.int64).reshape(-1, 3) for kind, cells in data.items()}
+        if empty := [kind for kind, cells in found.items() if not len(cells)]:
+            raise ValueError(f"nothing was profiled of {empty[0]!r:.40}")
+        return cls(found)
 
 
 @dataclass(frozen=True)

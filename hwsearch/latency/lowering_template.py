@@ -269,7 +269,7 @@ class LoweringTemplate:
             template._validate()
         except SchemaError as error:
             raise SchemaError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise SchemaError(f"{path}: damaged ({type(error).__name__}: {error}); {_REMEDY}") from None
         if space is not None and (reason := template.foreign(space)) is not None:
             raise InputError(f"{path}: a template of another space: it has {reason}; learn one for this space")

@@ -209,6 +209,8 @@ class KernelModel:
                 if booster.num_features() != len(FEATURES):
                     raise SchemaError(f"{name} takes {booster.num_features()} features instead of {len(FEATURES)}")
                 boosters[name.removesuffix(".ubj")] = booster
+            if any(len(pairs) != len(_RANGED) for pairs in document["ranges"].values()):
+                raise SchemaError(f"a range for each of {', '.join(_RANGED)} is needed; fit again")
             return cls(
                 vocabulary=Vocabulary(
                     tails=tuple(map(str, texts["tails"])),

@@ -268,7 +268,8 @@ class LatencyPredictor(BaseEstimator):  # type: ignore[misc]
         unknown = tuple(f"{k.node or k.op}: {doubt}" for k, doubt in zip(kernels, doubts, strict=True) if doubt)
         self._guard(unknown, len(kernels))
         ms = float(self.stretched(np.array([kernel_ms.sum() + self.overhead_ms]))[0])
-        kernel_ms = kernel_ms * (ms - self.overhead_ms) / kernel_ms.sum()
+        # an overhead beyond all measure, of a file that was changed, must leave something to divide by
+        kernel_ms = np.maximum(kernel_ms * (ms - self.overhead_ms) / kernel_ms.sum(), 1e-12)
         guessed = sum(float(ms) for ms, doubt in zip(kernel_ms, doubts, strict=True) if doubt)
         coverage = 1 - guessed / float(kernel_ms.sum())
         novelty = float((self.profiled_.novelty(kernels) * kernel_ms).sum() / kernel_ms.sum())

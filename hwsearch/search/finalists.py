@@ -62,7 +62,7 @@ class Finalists:
             try:
                 loss = record["loss"]
                 self.known[tuple(int(width) for width in record["widths"])] = math.inf if loss is None else float(loss)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise SchemaError(f"{path} has a damaged record {record}: delete the file to start again") from error
         self.known = processes.from_first(self.known)
 

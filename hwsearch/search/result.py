@@ -140,7 +140,9 @@ class SearchResult:
                 "run the search with this version of hwsearch"
             )
         try:
-            return cls._from_dict(data)
+            result = cls._from_dict(data)
+            result.to_json()  # whatever it holds can be written again
+            return result
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SchemaError(f"{path} is damaged ({error!r}): run the search again to write it anew") from error
 

@@ -50,7 +50,7 @@ class Scores:
             try:
                 loss = record["loss"]
                 self._known[tuple(int(width) for width in record["widths"])] = math.inf if loss is None else float(loss)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise SchemaError(f"{path} has a damaged record {record}: delete the file to start again") from error
         self._known = processes.from_first(self._known)
 

@@ -171,9 +171,9 @@ class _Readings:
         self._known: dict[tuple[int, ...], list[tuple[float, ...]]] = {}
         for record in self._journal.open() if self._journal else ():
             try:
-                widths, ms = (tuple(record[name]) for name in ("widths", "ms"))
-                ms = tuple(checked_ms(value, "a measured time") for value in ms)
-            except (KeyError, TypeError, InputError) as error:
+                widths = tuple(int(width) for width in record["widths"])
+                ms = tuple(checked_ms(value, "a measured time") for value in record["ms"])
+            except (KeyError, TypeError, ValueError, OverflowError, InputError) as error:
                 raise SchemaError(f"{path} has a damaged record {record}: delete the file to start again") from error
             self._known.setdefault(widths, []).append(ms)
         self._known = processes.from_first(self._known)

@@ -73,7 +73,7 @@ class TrialLog:
             for record in log._quality.open():
                 quality = NetworkQuality.from_list(record["layers"])
                 log._known[int(record["trial"]), int(record["epoch"])] = quality
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise SchemaError(f"a trial's record in {folder} is damaged ({error!r}): use another run name") from error
         log.started, log._known = processes.from_first((log.started, log._known))
         return log

@@ -74,7 +74,7 @@ def load(path: Path, *, identity: Identity) -> tuple[dict[str, Tensor], int, dic
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("hwsearch", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError, LookupError, TypeError, RuntimeError) as error:
         raise SchemaError(f"{path} cannot be read ({error}); delete it to start this training afresh") from error
     header = header if isinstance(header, dict) else {}
     if header.get("schema") != SCHEMA or header.get("version") != VERSION:
