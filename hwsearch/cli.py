@@ -460,7 +460,3 @@ def _fail(message: str, code: int) -> None:
     line = plain_text(" ".join(message.split()))
     sys.stderr.write(f"hwsearch: error: {line if len(line) <= 1000 else line[:997] + '...'}\n")
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

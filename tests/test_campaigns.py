@@ -33,7 +33,7 @@ def two(home: Path) -> Path:
 
 @pytest.mark.slow
 def test_two_devices_get_the_tables_that_each_gets_alone(two: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hwsearch.cli", "profile", "-d", "simulated", "-d", "other", "--minutes", "0.02"]
+    command = [sys.executable, "-m", "hwsearch", "profile", "-d", "simulated", "-d", "other", "--minutes", "0.02"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["devices"]

@@ -152,7 +152,7 @@ def test_the_whole_path(project: Path) -> None:
 
     def hwsearch(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "hwsearch.cli", *words], capture_output=True, text=True, check=False, timeout=600,
+            [sys.executable, "-m", "hwsearch", *words], capture_output=True, text=True, check=False, timeout=600,
             env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 

@@ -102,7 +102,7 @@ def write_small(path: Path) -> None:
 def hwsearch(*words: str) -> list[str]:
     """The command as a shell would find it; as a module where no script is installed beside the interpreter."""
     script = Path(sys.executable).with_name("hwsearch")
-    return [str(script), *words] if script.exists() else [sys.executable, "-m", "hwsearch.cli", *words]
+    return [str(script), *words] if script.exists() else [sys.executable, "-m", "hwsearch", *words]
 
 
 def seconds(command: Sequence[str], environment: dict[str, str]) -> float:

@@ -167,7 +167,7 @@ def test_results_stand_alone_on_standard_output(home: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "hwsearch.cli",
+        "hwsearch",
         "profile",
         "-d",
         "simulated",

@@ -15,9 +15,10 @@ from hwsearch.config import RunConfig
 from hwsearch.models.resnet import resnet_small
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-ROWS = """part,setting,method,share,seed,widths,accuracy,nll,predicted_ms,gmacs,note
-search,resnet-14,"hwsearch, CafeNet",0.4,0,8-8,0.84,0.5,0.041,900,"supernet 400, scored 20, finalists 30, winner 90; cpu 60.0 s, peak 700 MiB"
-search,resnet-14,"hwsearch, CafeNet",0.4,1,8-8,0.83,0.5,0.041,900,"supernet 400, scored 20, finalists 30, winner 90; cpu 70.0 s, peak 720 MiB"
+SEARCH = "supernet 400, scored 20, finalists 30, winner 90"
+ROWS = f"""part,setting,method,share,seed,widths,accuracy,nll,predicted_ms,gmacs,note
+search,resnet-14,"hwsearch, CafeNet",0.4,0,8-8,0.84,0.5,0.041,900,"{SEARCH}; cpu 60.0 s, peak 700 MiB"
+search,resnet-14,"hwsearch, CafeNet",0.4,1,8-8,0.83,0.5,0.041,900,"{SEARCH}; cpu 70.0 s, peak 720 MiB"
 search,resnet-14,uniform,0.4,0,8-10,0.82,0.5,0.040,90,"9 MACs; cpu 12.0 s, peak 600 MiB"
 search,resnet-14,uniform,0.4,1,8-10,0.825,0.5,0.040,90,"9 MACs; cpu 12.0 s, peak 600 MiB"
 search,resnet-14,"Torch-Pruning, multiples of 8",0.4,0,,,,,,"no ratio keeps the budget; cpu 12.0 s, peak 600 MiB"
