@@ -226,7 +226,7 @@ _PREDICTORS: tuple[tuple[str, Spoil, str], ...] = (
     ("no model", without(_FITTED, "model"), "'model' is missing"),
     ("a base without terms", field(_FITTED, "model", "base", "weights", value={}), "damaged"),
     ("a base that is a list", field(_FITTED, "model", "base", value=[]), "damaged"),
-    ("ranges in words", edited(_FITTED, lambda m: m["model"].update(ranges={"conv": ["ab"]})), "damaged"),
+    ("ranges in words", edited(_FITTED, lambda m: m["model"].update(ranges={"conv": ["ab"]})), "a range for each"),
     ("a file outside", field(_FITTED, "model", "files", "../manifest.ubj", value="0"), "that no predictor has"),
     ("a file of the system", field(_FITTED, "model", "files", "/etc/passwd", value="0"), "that no predictor has"),
     ("files that are a list", field(_FITTED, "model", "files", value=["conv.ubj"]), "missing or wrong"),
