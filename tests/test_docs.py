@@ -59,7 +59,7 @@ def test_every_command_runs(path: Path, home: Path) -> None:
         words = shlex.split(cheap)
         assert words[0] == "hwsearch", f"{path.name}: only hwsearch commands can be checked here: {command}"
         done = subprocess.run(
-            [sys.executable, "-m", "hwsearch.cli", *words[1:]], capture_output=True, text=True, check=False, timeout=300
+            [sys.executable, "-m", "hwsearch", *words[1:]], capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode in (0, 1), f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr

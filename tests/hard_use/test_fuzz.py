@@ -236,7 +236,8 @@ def fuzz(target: Target, home: Path, count: int) -> tuple[int, int]:
         try:
             target.read(home)
         except HwsearchError as error:
-            assert str(error).strip(), f"seed {seed}: nothing is said"
+            if not str(error).strip():
+                raise AssertionError(f"{target.name}, seed {seed}: nothing is said") from error
             refused += 1
         except Exception as error:
             raise AssertionError(f"{target.name}, seed {seed}: {type(error).__name__}: {error}") from error
