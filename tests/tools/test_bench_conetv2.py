@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,20 +12,10 @@ import torch
 
 from hwsearch.errors import InputError
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_conetv2.py"
-
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(TOOL.parent))  # the tools import what they share by name
-    spec = importlib.util.spec_from_file_location("bench_conetv2", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_conetv2"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(TOOL.parent))
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("bench_conetv2")
 
 
 def test_the_widths_are_fixed_and_the_equal_ones_are_equal(tool: ModuleType) -> None:

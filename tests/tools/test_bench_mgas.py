@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,23 +17,12 @@ from hwsearch.train.data import synthetic_images
 from hwsearch.train.loop import TrainConfig
 from hwsearch.train.task import Classification
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 BLUEPRINT = Blueprint(classes=4, channels=8, cells=2, nodes=1, reductions=(1,), operations=("skip", "sep3", "max3"))
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    sys.path.insert(0, str(TOOLS))  # the tools import what they share by name
-    spec = importlib.util.spec_from_file_location("bench_mgas", TOOLS / "bench_mgas.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_mgas"] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TOOLS))
-    return module
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("bench_mgas")
 
 
 class Parameters:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,22 +17,10 @@ from hwsearch.graph.widths import WidthSpace
 from hwsearch.models import translator_small
 from hwsearch.train.garments import load_garments
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    sys.path.insert(0, str(TOOLS))  # the tools import what they share by name
-    spec = importlib.util.spec_from_file_location("bench_pas_tasks", TOOLS / "bench_pas_tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_pas_tasks"] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TOOLS))
-    return module
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("bench_pas_tasks")
 
 
 class Milliseconds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -28,10 +28,8 @@ measured,resnet-14,,,,8-10,,,0.040,,0.0380000 ms measured
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    if str(TOOLS) not in sys.path:
-        sys.path.insert(0, str(TOOLS))
-    return importlib.import_module("bench_peers")
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("bench_peers")
 
 
 def test_the_report_pairs_seeds_at_measured_milliseconds(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -21,20 +19,10 @@ from torch import nn
 
 from hwsearch.errors import CheckFailedError, SchemaError
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    """The script as a module, its helper package importable as it is when the script runs."""
-    sys.path.insert(0, str(TOOLS))
-    spec = importlib.util.spec_from_file_location("unseen_networks", TOOLS / "unseen_networks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(TOOLS))
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("unseen_networks")
 
 
 def with_tiny_list(patch: pytest.MonkeyPatch) -> list[str]:
