@@ -2,7 +2,7 @@
 """hwsearch beside the tools of the field: the same network, images, training steps, device and budget for each.
 
     pip install --no-deps torch-pruning==1.6.1                      # what is missing is left out, and said
-    pip install optuna==5.0.0 nvidia-modelopt==0.47.0
+    pip install optuna==5.0.0 nvidia-modelopt==0.47.0 torchprofile==0.0.4
     python tools/bench_peers.py run     --device x86-ort-1t --output build/peers.csv --seconds 600
     python tools/bench_peers.py measure --device x86-ort-1t --output build/peers.csv
     python tools/bench_peers.py report  --output build/peers.csv

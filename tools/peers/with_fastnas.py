@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import modelopt.torch.prune as mtp  # type: ignore[import-not-found]
+import torch
 from modelopt.torch.prune.fastnas import FastNASConfig  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ def prune(
                     rule[name] = 8  # its default, 32, is as wide as these layers are
     for percent in range(95, 5, -2):
         pruned, _ = mtp.prune(
-            model=copy.deepcopy(model),
+            model=copy.deepcopy(model).to(memory_format=torch.contiguous_format),  # it refuses channels_last
             mode=[("fastnas", config)],
             constraints={"flops": f"{percent}%"},
             dummy_input=example,
