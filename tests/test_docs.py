@@ -37,15 +37,12 @@ def commands(path: Path) -> list[str]:
 
 
 def with_commands() -> list[object]:
-    """The documents that have commands; all but the README's take long together."""
+    """The documents that have commands."""
     found = [path for path in DOCUMENTS if any(not c.startswith(EXEMPT) for c in commands(path))]
-    return [
-        pytest.param(path, id=str(path.relative_to(ROOT)), marks=() if path.parent == ROOT else pytest.mark.long)
-        for path in found
-    ]
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in found]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", with_commands())
 def test_every_command_runs(path: Path, home: Path) -> None:
     """In order, in one fresh home, as a reader would; exit status 1 (the answer is no) is a result, 2 is not."""
@@ -86,7 +83,7 @@ def test_the_quickstart_runs(home: Path) -> None:
     assert (home / outcome["report"]).is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_python_of_the_readme_runs(home: Path) -> None:
     """As written, on a small network, the simulated device and a short campaign."""
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)

@@ -201,7 +201,7 @@ def test_masks_find_a_network_inside_the_budget(unbroken: Path) -> None:
     assert (unbroken / "runs/masked/state/warmup/checkpoint.safetensors").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_method_on_the_same_device_finds_the_table_fitted(unbroken: Path) -> None:
     text = CONFIG.replace('name = "chain"', 'name = "conet"')
     before, rest = text.split("candidates = 12", 1)
@@ -357,7 +357,7 @@ class Killed(Exception):
     """Stands for a kill behind the parent's training."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_family_is_one_parent_and_a_network_a_budget_whenever_it_is_stopped(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_one_network_keeps_both_budgets(home: Path) -> None:
     outcome = json.loads((home / "output.json").read_text())
     assert {name: verdict["status"] for name, verdict in outcome["verdicts"].items()} == {
@@ -95,7 +95,7 @@ def test_the_one_network_keeps_both_budgets(home: Path) -> None:
     assert max(time["measured_ms"] / time["budget_ms"] for time in found["devices"]) > 0.93
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_device_gets_its_bundle(home: Path) -> None:
     for folder, device in (("bundle", "simulated"), ("bundle-narrow", "narrow")):
         manifest = json.loads((home / "runs/two" / folder / "manifest.json").read_text())
@@ -108,7 +108,7 @@ def test_each_device_gets_its_bundle(home: Path) -> None:
     assert len(budgets) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_report_shows_every_device(home: Path) -> None:
     page = Path(report(home / "runs/two", home / "again.html")).read_text(encoding="utf-8")
     assert re.search(r"<h2[^>]*>Devices</h2>", page)

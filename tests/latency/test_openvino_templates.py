@@ -41,7 +41,7 @@ def test_a_template_foretells_what_openvino_makes() -> None:
 
 def test_an_estimate_has_the_kernels_of_openvino_and_the_memory_of_the_network(campaign: Any) -> None:
     model = load_model_argument("hwsearch.models.vgg:vgg_small", (1, 1, 28, 28))
-    device = Device.load("x86-openvino-1t")
+    device = Device.load("x86-openvino-1t-sse41")  # one process has one cap
     with open_session(device) as session, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # another device's predictor: what it says is not looked at
         found = estimate(model, device, session, campaign.predictor)
