@@ -112,27 +112,6 @@ def _by_family(kernels: Sequence[KernelTime]) -> dict[str, float]:
     return totals
 
 
-def kernels(row: Row) -> Figure:
-    """Every executed kernel in order, coloured by family, the largest family first in the legend."""
-    totals = _by_family(row.kernels)
-    data = []
-    for family in sorted(totals, key=lambda name: -totals[name]):
-        own = [(at + 1, kernel) for at, kernel in enumerate(row.kernels) if kernel.family == family]
-        data.append(
-            {
-                "type": "bar",
-                "name": label(family, 24),
-                "x": [at for at, _ in own],
-                "y": [kernel.ms for _, kernel in own],
-                "marker": {"color": FAMILY_COLOURS.get(family, FAMILY_COLOURS["other"])},
-                "customdata": [label(kernel.node, 80) for _, kernel in own],
-                "hovertemplate": "%{x}. %{customdata}: %{y:.3g} ms<extra>%{fullData.name}</extra>",
-            }
-        )
-    x = {"title": "kernel, in order of execution", "showgrid": False}
-    return _figure(data, x, {"title": "predicted ms"}, 340, bargap=0.25, barmode="stack")
-
-
 def layers(found: Sequence[LayerBar]) -> Figure:
     """Milliseconds of each layer in order of execution, divided by what they are spent on."""
     places = list(range(len(found)))
