@@ -51,12 +51,17 @@ class Deadly(Classification):
     def tally(self, output: Tensor, batch: Batch) -> Tensor:
         seen = self.__dict__["seen"] = self.__dict__.get("seen", 0) + 1
         if os.getpid() == self.home:
-            if cluster.current() is not None and not Path(self.mark).exists():
-                time.sleep(0.5)  # or this process had judged everything before a worker has started
+            joined = cluster.current()
+            for crew in joined._crews if joined is not None else []:
+                if crew._proving and not crew.done_there:
+                    # or this process had judged everything before a worker, or the next one, has started
+                    ray.wait(list(crew._proving), timeout=120)
         elif seen == PROOF + BATCHES // 2:
             with contextlib.suppress(FileExistsError):  # of two that come here together one dies
                 Path(self.mark).touch(exist_ok=False)
-                os.kill(os.getppid() if self.machine else os.getpid(), signal.SIGKILL)
+                if self.machine:  # its raylet; without it a worker lives on for a moment, and may finish its item
+                    os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
         return super().tally(output, batch)
 
 
