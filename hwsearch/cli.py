@@ -400,18 +400,24 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], ray: Ray =
 
     settings, talk = RunConfig.load(config), Console(json=as_json)
     ended: Outcome | Family
+    delivered: str | dict[str, str]
     with on_cluster(ray, talk):
         if settings.search.budgets is not None:
             ended = run_family(settings, talk)
             verdicts = {member.folder.name: member.verdicts[0] for member in ended.members}
+            reasons = [f"{m.folder.name}: {m.delivered.why}" for m in ended.members if m.delivered.why]
+            delivered = {member.folder.name: member.delivered.name for member in ended.members}
         else:
             ended = run_path(settings, talk)
             names = (settings.device.name, *(further.name for further in settings.devices))
             verdicts = dict(zip(names, ended.verdicts, strict=True))
+            reasons, delivered = [ended.delivered.why] if ended.delivered.why else [], ended.delivered.name
     columns, rows = comparison_table(ended.rows, ended.metric_name)
 
     def show(console: Console) -> None:
         console.table(f"{ended.folder}", columns, rows)
+        for why in reasons:
+            console.show(why)
         for name, verdict in verdicts.items():
             console.show(f"verdict of {name}: {verdict.status}")
             for reason in (*verdict.reasons, *verdict.notes):
@@ -422,6 +428,7 @@ def run(config: Annotated[Path, typer.Argument(help="A TOML file.")], ray: Ray =
         "folder": str(ended.folder),
         "report": str(ended.report),
         "rows": [asdict(row) for row in ended.rows],
+        "delivered": delivered,
         "verdict": next(iter(verdicts.values())).to_dict(),
         "verdicts": {name: verdict.to_dict() for name, verdict in verdicts.items()},
     }

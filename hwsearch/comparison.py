@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -47,8 +48,9 @@ class DeviceTime:
 class NetworkRow:
     """One line of the comparison: a network, what was predicted, what was measured, and how good it is.
 
-    ``metric`` and ``loss`` are the task's, on the test set, which no search looks at. Milliseconds and kernels are
-    those of the run's first device; ``devices`` has every one.
+    ``metric`` and ``loss`` are the task's, on the test set, which no search looks at; ``held_out`` is the metric on
+    training images that were held out. Milliseconds and kernels are those of the run's first device; ``devices`` has
+    every one.
     """
 
     name: str
@@ -61,15 +63,25 @@ class NetworkRow:
     parameters: int
     metric: float
     loss: float
+    held_out: float
     low_ms: float
     high_ms: float
     kernels: tuple[KernelRow, ...]
     devices: tuple[DeviceTime, ...] = ()
 
 
-def compare(
-    ready: Prepared, result: SearchResult, tuning: TrainConfig | None = None
-) -> tuple[tuple[NetworkRow, ...], str]:
+@dataclass(frozen=True)
+class Compared:
+    """The comparison: its rows, and the trained networks and width choices behind them, by the rows' names."""
+
+    rows: tuple[NetworkRow, ...]
+    metric_name: str
+    higher_is_better: bool
+    networks: Mapping[str, nn.Module]
+    choices: Mapping[str, WidthChoice]
+
+
+def compare(ready: Prepared, result: SearchResult, tuning: TrainConfig | None = None) -> Compared:
     """Full width, uniform scaling at the same budget and the found network: trained alike, tested, measured.
 
     With ``tuning`` the run's network is trained already: it stands for the full one, and what is scaled of it (the
@@ -134,6 +146,7 @@ def compare(
                 ready.space.parameters(choices[name]),
                 tested.metric,
                 tested.loss,
+                evaluate(network, task, task.valid, training).metric,
                 own.low_ms,
                 own.high_ms,
                 tuple(
@@ -144,7 +157,7 @@ def compare(
             )
         )
         ready.run.event("compared", network=name, metric=tested.metric, measured_ms=own.measured_ms)
-    return tuple(rows), task.metric_name
+    return Compared(tuple(rows), task.metric_name, task.higher_is_better, networks, choices)
 
 
 def _times(target: Target, files: dict[str, bytes], choices: dict[str, WidthChoice]) -> dict[str, DeviceTime]:
@@ -182,17 +195,19 @@ def with_verdict(row: NetworkRow, verdict: Verdict, at: int) -> NetworkRow:
 
 
 def write_summary(
-    ready: Prepared, rows: tuple[NetworkRow, ...], metric_name: str, verdicts: tuple[Verdict, ...]
+    ready: Prepared, compared: Compared, verdicts: tuple[Verdict, ...], *, delivered: str, why: str
 ) -> None:
-    """``summary.json`` of the run folder: what the report shows."""
+    """``summary.json`` of the run folder: what the report shows; ``why`` the row ``delivered`` is not the found one."""
     statuses = {target.device.name: verdict.status for target, verdict in zip(ready.targets, verdicts, strict=True)}
     summary = {
         "schema": SCHEMA,
         "version": VERSION,
         "device": ready.first.device.name,
         "groups": [group.name for group in ready.space.groups],
-        "metric_name": metric_name,
-        "rows": [asdict(row) for row in rows],
+        "metric_name": compared.metric_name,
+        "rows": [asdict(row) for row in compared.rows],
+        "delivered": delivered,
+        "why_delivered": why,
         "status": verdicts[0].status,
         "statuses": statuses,
     }

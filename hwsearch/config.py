@@ -244,12 +244,14 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class DeploySettings:
-    """``[deploy]``: where the bundle goes (by default ``bundle`` in the run folder), and in which precision (by default
-    the device's). For 8 bits see ``Int8Settings``: layers in float32, what may be lost, images to calibrate on.
+    """``[deploy]``: where the bundle goes (by default ``bundle`` in the run folder), which network (``better``: of what
+    was found and uniform scaling in the budget the one with the better score on held-out images; ``found``), in which
+    precision (by default the device's). For 8 bits see ``Int8Settings``: layers in float32, what may be lost, images.
     """
 
     __pydantic_config__ = _STRICT
     output: Text | None = None
+    deliver: Literal["better", "found"] = "better"
     precision: Literal["float32", "int8"] | None = None
     keep_fp32: Annotated[
         Whole | Literal["auto"] | tuple[Text, ...],

@@ -139,6 +139,7 @@ def _write_summary(ready: Prepared, members: list[Outcome]) -> None:
         {
             "folder": member.folder.name,
             "status": member.verdicts[0].status,
+            "delivered": member.delivered.name,
             "rows": [{key: v for key, v in asdict(row).items() if key not in left_out} for row in member.rows],
         }
         for member in members

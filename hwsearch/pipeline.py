@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from hwsearch.cell_run import about_found, cell_search, found_factory
 from hwsearch.comparison import NetworkRow, compare, with_verdict, write_summary
 from hwsearch.config import RunConfig
 from hwsearch.console import Console
+from hwsearch.delivery import FOUND, Delivered, choose
 from hwsearch.kernel_times import time_kernels
 from hwsearch.preparation import Prepared, prepare
 
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with; ``verdicts`` are in the order of its devices."""
+    """What a run ends with; ``verdicts`` are in the order of its devices, and of the ``delivered`` network."""
 
     folder: Path
     rows: tuple[NetworkRow, ...]
+    delivered: Delivered
     metric_name: str
     verdicts: tuple[Verdict, ...]
     report: Path
@@ -50,27 +52,35 @@ def finish(ready: Prepared, tuning: TrainConfig | None = None) -> Outcome:
 
     result = search(ready)
     ready = about_found(ready, result)
-    rows, metric_name = compare(ready, result, tuning)
-    verdicts = tuple(_deployed(ready, result, at) for at in range(len(ready.targets)))
+    compared = compare(ready, result, tuning)
+    delivered = choose(ready, result, compared)
+    if delivered.name != FOUND:
+        ready.console.say(f"  {delivered.why}")
+        _keep(ready, delivered)
+    rows = compared.rows
+    verdicts = tuple(_deployed(ready, delivered, at) for at in range(len(ready.targets)))
     for at, (target, verdict) in enumerate(zip(ready.targets, verdicts, strict=True)):
         # of another precision the bundle is not what rows compare
         if ready.config.deploy.precision in (None, target.device.precision):
-            rows = tuple(with_verdict(row, verdict, at) if row.name == "found" else row for row in rows)
-    write_summary(ready, rows, metric_name, verdicts)
-    time_kernels(ready, result, next(row.measured_ms for row in rows if row.name == "found"))
-    _explain(ready, result)
+            rows = tuple(with_verdict(row, verdict, at) if row.name == delivered.name else row for row in rows)
+    shown = replace(compared, rows=rows)
+    write_summary(ready, shown, verdicts, delivered=delivered.name, why=delivered.why)
+    time_kernels(ready, delivered.result, next(row.measured_ms for row in rows if row.name == delivered.name))
+    _explain(ready, delivered.result)
     page = report(ready.run.path, ready.run.path / "report.html")
-    return Outcome(ready.run.path, rows, metric_name, verdicts, Path(page))
+    return Outcome(ready.run.path, rows, delivered, compared.metric_name, verdicts, Path(page))
 
 
-def _deployed(ready: Prepared, result: SearchResult, at: int) -> Verdict:
-    """Device number ``at`` gets its bundle of the found network, and says whether it keeps its budget there."""
+def _deployed(ready: Prepared, delivered: Delivered, at: int) -> Verdict:
+    """Device number ``at`` gets its bundle of the delivered network, and says whether it keeps its budget there."""
     from hwsearch.deploy.bundle import deploy
     from hwsearch.deploy.verify import verify
     from hwsearch.estimation import pricer
 
-    config, target, limit = ready.config, ready.targets[at], result.limits[at]
-    ready.console.step(f"Deploying and verifying the found network on {target.device.name}")
+    config, target, result = ready.config, ready.targets[at], delivered.result
+    limit = result.limits[at]
+    what = "the found network" if delivered.name == FOUND else "uniform scaling"
+    ready.console.step(f"Deploying and verifying {what} on {target.device.name}")
     assert result.model is not None
     precision = config.deploy.precision or target.device.precision
     eight = precision == "int8"
@@ -99,21 +109,18 @@ def _deployed(ready: Prepared, result: SearchResult, at: int) -> Verdict:
 
 
 def _explain(ready: Prepared, result: SearchResult) -> None:
-    """Why the found network takes its time, for the report."""
+    """Why the delivered network takes its time, for the report."""
     from hwsearch.latency.explain import explain_choice
     from hwsearch.report.explain_section import write_explanation
 
     first = ready.first
-    with ready.console.bar("stairs of the found network") as bar:
+    with ready.console.bar("stairs of the network") as bar:
         found = explain_choice(first.latency, result.choice, first.template.slice(result.choice), told=bar)
     write_explanation(ready.run.path, found)
 
 
 def search(ready: Prepared) -> SearchResult:
     """The search itself; its result and the found network are in the run folder when it returns."""
-    from hwsearch.graph.model_folder import save_model
-    from hwsearch.reparam.fold import fold
-    from hwsearch.search.winner import folds_before_slicing
     from hwsearch.train.cluster import current
 
     config = ready.config
@@ -125,9 +132,20 @@ def search(ready: Prepared) -> SearchResult:
     searcher = _searcher(ready)
     with _stages(ready.console) as progress:
         result = searcher.search(task, None, progress=progress)
+    _keep(ready, Delivered(FOUND, result))
+    return result
+
+
+def _keep(ready: Prepared, delivered: Delivered) -> None:
+    """The network as the run folder's ``model``."""
+    from hwsearch.graph.model_folder import save_model
+    from hwsearch.reparam.fold import fold
+    from hwsearch.search.winner import folds_before_slicing
+
+    config, result = ready.config, delivered.result
     assert result.model is not None
     # Branches are not what the factory builds: what is kept of them is their fold.
-    branched = config.search.method == "repnas"
+    branched = config.search.method == "repnas" and delivered.name == FOUND
     factory, kwargs = found_factory(ready, result)
     save_model(
         ready.run.model,
@@ -138,7 +156,6 @@ def search(ready: Prepared) -> SearchResult:
         factory_kwargs=kwargs,
         widths=dict(zip(result.groups, result.choice.widths, strict=True)),
     )
-    return result
 
 
 def _searcher(ready: Prepared) -> Searcher:

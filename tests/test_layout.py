@@ -43,6 +43,7 @@ ORDER = [
     "space_view",
     "cell_run",
     "comparison",
+    "delivery",
     "kernel_times",
     "pipeline",
     "family",

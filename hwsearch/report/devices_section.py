@@ -30,8 +30,9 @@ def devices_section(page: Page, run: RunData) -> str:
         "The one network keeps all budgets. The page's other sections are about the first device; below, the search's "
         "candidates stand at the predicted milliseconds of each further one."
     )
-    lines = _lines(limits, run.summary)
-    return panel("Devices", note, table(head, lines, stack=True, mark="found") if lines else "", *drawn)
+    stressed = run.answer.name if run.answer else "found"
+    lines = _lines(limits, run.summary, stressed)
+    return panel("Devices", note, table(head, lines, stack=True, mark=stressed) if lines else "", *drawn)
 
 
 def _front(
@@ -41,14 +42,14 @@ def _front(
     return figures.candidates(points, found, budget, number(result.get("loss")))
 
 
-def _lines(limits: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the table, the found network first on every device; before the comparison what the search knows."""
+def _lines(limits: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], stressed: str) -> list[list[str]]:
+    """Rows of the table, the delivered network first on every device; before the comparison what the search knows."""
     statuses = mapping(summary.get("statuses"))
     rows = [mapping(row) for row in items(summary.get("rows"))] or [{"name": "found", "devices": limits}]
     lines = []
     for at, limit in enumerate(limits):
         name = word(limit.get("name"), "?")
-        for row in sorted(rows, key=lambda r: word(r.get("name")) != "found"):
+        for row in sorted(rows, key=lambda r: word(r.get("name")) != stressed):
             devices, network = items(row.get("devices")), word(row.get("name"), "?")
             time = mapping(devices[at]) if at < len(devices) else {}
             budget, measured = positive(limit.get("max_ms")), positive(time.get("measured_ms"))
@@ -63,7 +64,7 @@ def _lines(limits: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> l
                     ms(measured),
                     ms(budget if judged else None),
                     over if judged else "–",
-                    text(word(statuses.get(name), "–")) if network == "found" else "",
+                    text(word(statuses.get(name), "–")) if network == stressed else "",
                 ]
             )
     return lines

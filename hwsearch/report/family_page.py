@@ -37,7 +37,7 @@ def family_page(folder: Path) -> Page:
     name = folder.resolve().name
     page = Page(f"{name} · hwsearch", [name, word(summary.get("model")), device, "a family"])
     found = [row for row in rows if row.name == "found"]
-    kept = [row for row in found if row.status == "pass"]
+    kept = [row for row in rows if row.status == "pass"]
     state = "pass" if found and len(kept) == len(found) else "fail"
     title = (
         f"{plural(len(found), 'network')} of one parent, {len(kept)} inside their budgets" if found else "Nothing yet"
@@ -64,13 +64,14 @@ def _rows(summary: dict[str, object]) -> list[FamilyRow]:
     for entry in items(summary.get("members")):
         member = mapping(entry)
         folder, status = word(member.get("folder")), word(member.get("status"))
+        delivered = word(member.get("delivered"), "found")
         for given in items(member.get("rows")):
             row = mapping(given)
             name = word(row.get("name"), "?")
             if name == "full" and any(known.name == "full" for known in found):
                 continue
             numbers = {key: positive(row.get(key)) for key in _NUMBERS}
-            judged = status if name == "found" and status in STATUSES else ""
+            judged = status if name == delivered and status in STATUSES else ""
             member_name = "" if name == "full" else folder
             found.append(FamilyRow(name, member_name, judged, **numbers, metric=number(row.get("metric"))))
     return found

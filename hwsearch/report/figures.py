@@ -76,7 +76,7 @@ def widths(found: Row, full: Row | None) -> Figure:
     tell = {"customdata": [[label(n, 120), w] for n, w in zip(names, words, strict=True)]}
     hover = "%{customdata[0]}: %{customdata[1]}<extra></extra>"
     thick = 0.4 if whole else 0.72
-    data.append(_bars("found", places, [found.widths[n] for n in names], FOUND, hover, width=thick, **tell))
+    data.append(_bars(found.name, places, [found.widths[n] for n in names], FOUND, hover, width=thick, **tell))
     style = {"xanchor": "left", "xshift": 6, "showarrow": False, "font": {"size": 12, "color": MUTED}}
     notes = [
         {"x": max(found.widths[n], whole.get(n, 0)), "y": at, "text": words[at], **style} for at, n in enumerate(names)

@@ -41,7 +41,7 @@ def write_kernel_times(folder: Path, device: str, measured_ms: float, kernels: S
 def kernels_section(page: Page, run: RunData) -> str:
     """Bars of what was predicted with marks of what was measured; below, the same as a table, the slowest first."""
     timed = _timed(run.kernel_times)
-    found = timed or (run.found.kernels if run.found else ())
+    found = timed or (run.answer.kernels if run.answer else ())
     if not found:
         return ""
     note = f"{plural(len(found), 'kernel')} of the found network, as the runtime executes them."

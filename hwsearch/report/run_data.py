@@ -162,10 +162,15 @@ class RunData:
         return self.row("found") or (self.rows[-1] if self.rows else None)
 
     @property
+    def answer(self) -> Row | None:
+        """The network that was delivered: what was found, or uniform scaling where that is better."""
+        return self.row(word(self.summary.get("delivered"), "found")) or self.found
+
+    @property
     def full(self) -> Row | None:
         """The network at full width."""
         row = self.row("full") or self.row("full width")
-        return row if row is not self.found else None
+        return row if row is not self.answer else None
 
 
 def read_run(folder: Path) -> RunData:

@@ -86,13 +86,13 @@ def measured(run: RunData) -> float | None:
     """The milliseconds that count: those of the verification, else those of the comparison."""
     if run.verdict is not None and run.verdict.measured_ms is not None:
         return run.verdict.measured_ms
-    return run.found.measured_ms if run.found else None
+    return run.answer.measured_ms if run.answer else None
 
 
 def hero(run: RunData) -> str:
     """One sentence that says it all, and the reasons when the answer is no."""
     state, word = judged(run)
-    time, budget, found, full = measured(run), run.budget_ms, run.found, run.full
+    time, budget, found, full = measured(run), run.budget_ms, run.answer, run.full
     if time is not None and budget is not None:
         place = "inside" if time <= budget else "above"
         title = f"{ms(time)} ms measured, {place} the {ms(budget)} ms budget"
@@ -101,6 +101,8 @@ def hero(run: RunData) -> str:
     else:
         title = f"{run.name}: this run has no result yet"
     words = []
+    if run.answer is not run.found:
+        words.append("Uniform scaling is delivered: on held-out images it is better than what was found.")
     if time is not None and budget is not None:
         words.append(f"{percent(time / budget)} of the budget is used.")
     if found and full and full.best_ms and (own := time or found.best_ms):
@@ -128,7 +130,7 @@ def _metric_change(name: str, found: float, full: float) -> str:
 
 def cards(run: RunData) -> str:
     """Budget, predicted, measured, verdict."""
-    found, verdict, budget, time = run.found, run.verdict, run.budget_ms, measured(run)
+    found, verdict, budget, time = run.answer, run.verdict, run.budget_ms, measured(run)
     state, word = judged(run)
     predicted = found.predicted_ms if found else None
     if predicted is None and verdict is not None:
@@ -168,7 +170,7 @@ def comparison(run: RunData) -> str:
     head = ["network", "predicted ms", "measured ms", "budget ms", "MACs", "parameters", run.metric_name]
     rows = []
     for row in run.rows:
-        budget = row.budget_ms if row.budget_ms is not None else (run.budget_ms if row is run.found else None)
+        budget = row.budget_ms if row.budget_ms is not None else (run.budget_ms if row is run.answer else None)
         judged_row = row is not run.full  # nobody asks the full network to keep the budget
         over = judged_row and row.measured_ms is not None and budget is not None and row.measured_ms > budget
         time = f'<span class="over">{ms(row.measured_ms)}</span>' if over else ms(row.measured_ms)
@@ -189,7 +191,7 @@ def comparison(run: RunData) -> str:
             ]
         )
     note = "Bars: measured milliseconds (pale: predicted, not measured). Dark mark: the prediction with its interval."
-    stressed = run.found.name if run.found else ""
+    stressed = run.answer.name if run.answer else ""
     return panel("Comparison", note, race(run), table(head, rows, stack=True, mark=stressed))
 
 
@@ -214,7 +216,7 @@ def race(run: RunData) -> str:
     lines = []
     for row in timed:
         kind = {"found": "found", "uniform": "uniform"}.get(row.name.lower().split()[0], "") if row.name.split() else ""
-        kind = "found" if row is run.found else kind
+        kind = "found" if row is run.answer else kind
         time = row.best_ms or 0.0
         guess = " guess" if row.measured_ms is None else ""
         bar = f'<span class="bar {kind}{guess}" style="width:{share(time)}"></span>'
@@ -239,7 +241,7 @@ def race(run: RunData) -> str:
 
 def widths(page: Page, run: RunData) -> str:
     """Units per width group."""
-    found, full = run.found, run.full
+    found, full = run.answer, run.full
     if found is None or not found.widths:
         return panel("Widths", "", absent("No widths are recorded for the found network."))
     note = "Units kept in each group of coupled layers"
@@ -247,7 +249,7 @@ def widths(page: Page, run: RunData) -> str:
     whole = full.widths if full else {}
     rows = [[text(n), f"{w:g}", f"{whole[n]:g}" if n in whole else "–"] for n, w in found.widths.items()]
     figure = page.figure(figures.widths(found, full), "Units kept per width group, against the full network")
-    return panel("Widths", note, figure, details("As a table", table(["group", "found", "full"], rows)))
+    return panel("Widths", note, figure, details("As a table", table(["group", found.name, "full"], rows)))
 
 
 def families(page: Page, run: RunData) -> str:
@@ -256,7 +258,7 @@ def families(page: Page, run: RunData) -> str:
     rows = [row for row in run.rows if row.kernels]
     if not rows:
         return panel(title, "", absent("summary.json lists no kernels: the prediction was not broken down."))
-    shown = [row for row in (run.full, run.found) if row in rows] or rows[:3]
+    shown = [row for row in (run.full, run.answer) if row in rows] or rows[:3]
     note = "Predicted milliseconds by kind of kernel, from the runtime's own optimised graph."
     kinds = {kernel.family for row in shown for kernel in row.kernels}
     words = definitions((kind, KINDS[kind]) for kind in KINDS if kind in kinds)
