@@ -40,6 +40,8 @@ _HOME_OF = {
     "ConetV2": "hwsearch.search.conetv2",
     "MGAS": "hwsearch.search.mgas",
     "MgasConfig": "hwsearch.search.mgas_config",
+    "MgasWidths": "hwsearch.search.mgas_widths",
+    "FilterConfig": "hwsearch.search.mgas_widths_config",
     "PaS": "hwsearch.search.pas",
     "PasConfig": "hwsearch.search.pas_config",
     "RepNAS": "hwsearch.search.repnas",

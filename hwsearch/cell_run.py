@@ -1,4 +1,4 @@
-"""A run that searches cells: its searcher, and what follows the search on the network that was found.
+"""A run of MGAS: its searcher, and what follows a search of cells on the network that was found.
 
 The found operations make another network than the super-network, with width groups of its own. From the search on a run
 is about that one: at full width, uniformly scaled, and as found.
@@ -10,33 +10,30 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hwsearch.errors import InputError
 from hwsearch.preparation import SPACE, Prepared
 from hwsearch.search.journal import write_atomic
 
 if TYPE_CHECKING:
     from hwsearch.search.mgas import MGAS
     from hwsearch.search.mgas_cost import DeviceCost
+    from hwsearch.search.mgas_widths import MgasWidths
     from hwsearch.search.result import SearchResult
 
 #: Builds what a search of cells found, from the genotype.
 FACTORY = "hwsearch.models.cells:cell_network"
 
 
-def cell_search(ready: Prepared) -> MGAS:
-    """The search that the config names.
-
-    Raises:
-        InputError: the model is no super-network of cells.
-    """
+def mgas_search(ready: Prepared) -> MGAS | MgasWidths:
+    """The search that the config names: of a super-network of cells, or of the filters of any other network."""
     from hwsearch.models.cells import CellNetwork
     from hwsearch.search.mgas import MGAS
+    from hwsearch.search.mgas_widths import MgasWidths
 
     if not isinstance(ready.module, CellNetwork):
-        raise InputError(
-            f'method = "mgas" searches a super-network of cells, not {ready.config.model.factory}: use '
-            "hwsearch.models.cells:cells_small, or another factory of such a network"
-        )
+        return MgasWidths(
+            ready.space, ready.budget, ready.config.mgas_widths(), model=ready.module, seed=ready.config.run.seed,
+            folder=ready.run,
+        )  # fmt: skip
     return MGAS(
         ready.space, ready.budget, ready.config.mgas(), cost=_cost(ready), model=ready.module,
         seed=ready.config.run.seed, folder=ready.run,
@@ -45,14 +42,14 @@ def cell_search(ready: Prepared) -> MGAS:
 
 def found_factory(ready: Prepared, result: SearchResult) -> tuple[str, dict[str, Any]]:
     """(factory, its arguments) of the network at full width whose widths a search chose."""
-    if result.method != "mgas":
+    if "genotype" not in result.extra:
         return ready.config.model.factory, ready.config.model.kwargs
     return FACTORY, dict(result.extra["genotype"])
 
 
 def about_found(ready: Prepared, result: SearchResult) -> Prepared:
     """The same run, from here on about the found network and its widths."""
-    if result.method != "mgas":
+    if "genotype" not in result.extra:
         return ready
     from hwsearch.graph.space_table import SpaceTable
     from hwsearch.models.cells import CellNetwork, Genotype

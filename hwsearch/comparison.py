@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from hwsearch.errors import AnswerIsNo, NoisyDeviceError
+from hwsearch.granularity import searches_cells
 from hwsearch.preparation import Prepared, Target
 from hwsearch.search.journal import write_atomic
 
@@ -95,7 +96,7 @@ def compare(ready: Prepared, result: SearchResult, tuning: TrainConfig | None = 
 
     config, console = ready.config, ready.console
     task, test = config.data.load(config.run.seed)
-    training = config.mgas().winner if config.search.method == "mgas" else config.train.config(config.run)
+    training = config.mgas().winner if searches_cells(config, ready.module) else config.train.config(config.run)
     console.step("Comparing with the full network and with uniform scaling at the same budget")
     budget = ready.budget
     if config.search.floor is not None and result.measured_ms is not None:

@@ -39,6 +39,7 @@ from hwsearch.config_cells import CellSettings
 from hwsearch.config_data import DataSettings
 from hwsearch.config_devices import FurtherDevice, allowed_ms, check_budget, check_devices
 from hwsearch.config_family import Budgets, check_budgets, ms_of
+from hwsearch.config_filters import FilterSettings
 from hwsearch.config_masks import MaskSettings
 from hwsearch.config_messages import explain
 from hwsearch.config_training import NetworkTraining, TrainSettings, given
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from hwsearch.search.cafenet import CafeNetConfig
     from hwsearch.search.conetv2_config import ConetConfig
     from hwsearch.search.mgas_config import MgasConfig
+    from hwsearch.search.mgas_widths_config import FilterConfig
     from hwsearch.search.pas_config import PasConfig
     from hwsearch.search.repnas_search import RepNASSearchConfig
     from hwsearch.train.loop import TrainConfig
@@ -305,14 +307,13 @@ class RunConfig:
     branches: BranchSettings = field(default_factory=BranchSettings)
     masks: MaskSettings = field(default_factory=MaskSettings)
     cells: CellSettings = field(default_factory=CellSettings)
+    filters: FilterSettings = field(default_factory=FilterSettings)
     deploy: DeploySettings = field(default_factory=DeploySettings)
 
     def __post_init__(self) -> None:
         check_devices(self.device.name, self.devices, has_budget=self.search.has_budget)
         if self.search.budgets is not None and self.devices:
             raise InputError("search.budgets are of one device: leave [[devices]] out, or give one budget")
-        if self.search.method == "mgas" and self.devices:
-            raise InputError("cells are searched for one device: leave [[devices]] out, or use another method")
         if self.search.method != "repnas" and self.branches != BranchSettings():
             raise InputError(f'[branches] is for method = "repnas", not {self.search.method}: leave it out')
         if self.search.method == "repnas" and self.train.callback is not None:
@@ -321,6 +322,8 @@ class RunConfig:
             raise InputError(f'[masks] is for method = "pas", not {self.search.method}: leave it out')
         if self.search.method != "mgas" and self.cells != CellSettings():
             raise InputError(f'[cells] is for method = "mgas", not {self.search.method}: leave it out')
+        if self.search.method != "mgas" and self.filters != FilterSettings():
+            raise InputError(f'[filters] is for method = "mgas", not {self.search.method}: leave it out')
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -363,7 +366,7 @@ class RunConfig:
         del plain["run"]["folder"], plain["deploy"]
         # a family goes on where it was with more budgets: each has a run folder of its own
         plain["search"]["budgets"] = self.search.budgets is not None
-        for section in ("supernet", "trial", "train", "masks", "cells"):
+        for section in ("supernet", "trial", "train", "masks", "cells", "filters"):
             del plain[section]["checkpoint_s"]
         return plain
 
@@ -441,6 +444,14 @@ class RunConfig:
         """
         winner = self.train.config(self.run, "train", like=self.cells.base().winner)
         return self.cells.config(winner, given(self.search, "measured", "rounds"))
+
+    def mgas_widths(self) -> FilterConfig:
+        """The search of filters that ``[filters]`` and ``[train]`` stand for.
+
+        Raises:
+            InputError: values that do not go together.
+        """
+        return self.filters.config(self.training(), given(self.search, "measured", "rounds"))
 
     def repnas(self) -> RepNASSearchConfig:
         """The search of branches that ``[branches]`` and ``[train]`` stand for.

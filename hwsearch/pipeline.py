@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hwsearch.cell_run import about_found, cell_search, found_factory
+from hwsearch.cell_run import about_found, found_factory, mgas_search
 from hwsearch.comparison import NetworkRow, compare, with_verdict, write_summary
 from hwsearch.config import RunConfig
 from hwsearch.console import Console
@@ -172,7 +172,7 @@ def _searcher(ready: Prepared) -> Searcher:
 
         return PaS(ready.space, ready.budget, config.pas(), model=ready.module, seed=config.run.seed, folder=ready.run)
     if config.search.method == "mgas":
-        return cell_search(ready)
+        return mgas_search(ready)
     from hwsearch.search.cafenet import CafeNet
 
     cafenet = CafeNet(

@@ -20,6 +20,7 @@ from hwsearch import __version__
 from hwsearch.config import RunConfig
 from hwsearch.console import Console
 from hwsearch.errors import HwsearchError, InputError, NoisyDeviceError
+from hwsearch.granularity import check_granularity, searches_cells
 from hwsearch.search.journal import write_atomic
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
     if "int8" in (config.deploy.precision, *(device.precision for device in devices)):
         _check_images(config)
     module, example = _model(config)
+    check_granularity(config, module)
     notes, data = _rehearsed(config, module)
     with open_run(config.run_folder, config.identity()) as run_folder, contextlib.ExitStack() as sessions:
         run_folder.event("run_started", resumed=run_folder.resumed, data=data, **_versions())
@@ -138,7 +140,7 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
         write_atomic(run_folder.path / SPACE, json.dumps(shown.to_dict(), indent=1, sort_keys=True) + "\n")
         console.say(shown.text(slots=False))
         ready = Prepared(config, run_folder, console, module, example, space, targets)
-        if config.search.method != "mgas":  # which leaves operations out as well, and checks for itself
+        if not searches_cells(config, module):  # which leaves operations out as well, and checks for itself
             ready.budget.check_reachable(space)
         yield ready
 
@@ -198,7 +200,7 @@ def _target(
     predictor, card = _fitted(device, table, session, console)
     console.say(card)
     # a super-network of cells is asked about a few times only
-    each = config.search.method == "mgas"
+    each = plain.space.model is not None and searches_cells(config, plain.space.model)
     latency = NetworkLatency(plain.space, predictor, Lowering(template, session), lower_each=each)
     console.step(f"Learning how {device.name} lowers the widths")
     with console.bar("lowering") as bar:

@@ -81,6 +81,12 @@ def defaults() -> dict[tuple[str, str], dict[str, Any]]:
     own = tuple(name for name in asdict(setup.cells) if name not in {**training, **other})
     found["search_mgas.md", "cells"] = {**training, **other, **{name: getattr(mgas, name) for name in own}}
 
+    setup = config("mgas")
+    gates = setup.mgas_widths()
+    training = {name: getattr(gates.training, name) for name in ("batch_size", "learning_rate", "checkpoint_s")}
+    own = tuple(name for name in asdict(setup.filters) if name not in training)
+    found["search_mgas.md", "filters"] = {**training, **{name: getattr(gates, name) for name in own}}
+
     setup = config("repnas")
     repnas = setup.repnas()
     found["search_repnas.md", "branches"] = {
@@ -151,7 +157,7 @@ def test_every_piece_of_toml_is_a_config_or_a_device(block: str, tmp_path: Path)
         whole[section] = {**whole.get(section, {}), **values} if isinstance(values, dict) else values
     if not {"budget", "budget_ms", "budgets"} & set(whole["search"]):
         whole["search"]["budget"] = "50%"
-    if "trial" in given or "cells" in given or "masks" in given or "branches" in given:
+    if "trial" in given or "cells" in given or "filters" in given or "masks" in given or "branches" in given:
         assert "method" in whole["search"], "a section of one method stands with its method"
     checked = RunConfig.from_dict(whole)
     getattr(checked, checked.search.method)()

@@ -1,4 +1,4 @@
-"""A run that searches cells, from a bare simulated device to a verified bundle, and what its settings say."""
+"""Runs of MGAS, of cells and of filters, from a bare simulated device to a verified bundle, and their settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import torch
 
 from hwsearch.config import RunConfig
 from hwsearch.errors import InputError
+from hwsearch.granularity import check_granularity
 from hwsearch.graph.model_folder import load_model
+from hwsearch.model_argument import load_model_argument
 from hwsearch.models.cells import Genotype
 
 CONFIG = """
@@ -106,3 +108,77 @@ def test_cells_have_a_section_of_their_own() -> None:
         assert message in str(refused.value)
     with pytest.raises(InputError, match=r"\[cells\]: regrow is 0.2 and aim 0.0"):
         RunConfig.from_dict({**SMALLEST, "cells": {"aim": 0.0}}).mgas()
+
+
+# ---------------------------------------------------------------------- filters of an ordinary network
+
+ORDINARY: dict[str, Any] = {
+    "device": {"name": "simulated"},
+    "model": {"factory": "hwsearch.models.vgg:vgg_small", "input": "1x1x28x28"},
+    "search": {"method": "mgas", "budget": "50%"},
+}
+
+
+@pytest.mark.long
+def test_filters_are_searched_deployed_and_verified(tmp_path: Path) -> None:
+    """The example, as it is."""
+    root = Path(__file__).resolve().parent.parent
+    shutil.copytree(root / "devices", tmp_path / "devices")
+    command = [sys.executable, "-m", "hwsearch", "run", str(root / "examples/filters.toml"), "--json"]
+    environment = {**os.environ, "HWSEARCH_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["verdict"]["status"] == "pass"
+    result = json.loads((tmp_path / "runs/filters/result.json").read_text())
+    assert result["method"] == "mgas"
+    limit = result["limits"][0]
+    assert 0.9 * limit["max_ms"] < limit["measured_ms"] <= limit["max_ms"]
+    assert "genotype" not in result["extra"]
+    events = [json.loads(line) for line in (tmp_path / "runs/filters/events.jsonl").read_text().splitlines()]
+    committed = [event for event in events if event["event"] == "committed"]
+    assert committed[-1]["predicted_ms"][0] <= limit["max_ms"] < committed[0]["predicted_ms"][0]
+    assert "Cells" not in (tmp_path / "runs/filters/report.html").read_text()
+
+
+def test_filters_have_a_section_of_their_own() -> None:
+    filters = {"epochs": 2, "learning_rate": 0.03, "start": "masked", "batch_size": 32}
+    search = {**ORDINARY["search"], "measured": 3}
+    config = RunConfig.from_dict({**ORDINARY, "search": search, "filters": filters, "train": {"epochs": 3}})
+    found = config.mgas_widths()
+    assert (found.epochs, found.start, found.measured) == (2.0, "masked", 3)
+    assert (found.training.learning_rate, found.training.final_rate, found.training.batch_size) == (0.03, 0.03, 32)
+    assert found.winner == config.training()
+    assert "checkpoint_s" not in config.identity()["filters"]
+    with pytest.raises(InputError, match=r'\[filters\] is for method = "mgas", not pas'):
+        RunConfig.from_dict({**ORDINARY, "search": {**search, "method": "pas"}, "filters": filters})
+    with pytest.raises(InputError, match=r"\[filters\]: floor is 0.97 and aim 0.0"):
+        RunConfig.from_dict({**ORDINARY, "filters": {"aim": 0.0}}).mgas_widths()
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (
+            ORDINARY,
+            {"cells": {"stages": 2}},
+            "[cells] is for a super-network of cells, and hwsearch.models.vgg:vgg_small",
+        ),
+        (SMALLEST, {"filters": {"epochs": 2}}, "[filters] is for ordinary networks"),
+        (SMALLEST, {"devices": [{"name": "b", "budget": "40%"}]}, "cells are searched for one device"),
+        (
+            ORDINARY,
+            {"model": {"factory": "hwsearch.models.repvgg:repvgg_small", "input": "1x1x28x28"}},
+            "has blocks of branches",
+        ),
+    ],
+)
+def test_settings_for_another_kind_of_network_are_refused_at_once(
+    config: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    asked = RunConfig.from_dict({**config, **changes})
+    module = load_model_argument(asked.model.factory, asked.model.input_shape, {}).need_module()
+    with pytest.raises(InputError) as refused:
+        check_granularity(asked, module)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)

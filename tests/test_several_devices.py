@@ -143,7 +143,6 @@ def test_budgets_of_the_command_line_become_devices() -> None:
             {"devices": [{"name": "b", "budget": "40%"}], "search": {"method": "repnas"}},
             "search has none for 'a'",
         ),
-        ({"devices": [{"name": "b", "budget": "40%"}], "search": {"method": "mgas", "budget": "50%"}}, "one device"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changed: dict[str, object], said: str) -> None:
