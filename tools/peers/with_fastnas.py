@@ -23,19 +23,22 @@ def prune(
                 if name.endswith("_divisor"):
                     rule[name] = 8  # its default, 32, is as wide as these layers are
     for percent in range(95, 5, -2):
-        pruned, _ = mtp.prune(
-            model=copy.deepcopy(model).to(memory_format=torch.contiguous_format),  # it refuses channels_last
-            mode=[("fastnas", config)],
-            constraints={"flops": f"{percent}%"},
-            dummy_input=example,
-            config={
-                "data_loader": batches,
-                "collect_func": lambda batch: batch,
-                "score_func": score,
-                "checkpoint": str(folder / "sensitivities.pth"),
-                "verbose": False,
-            },
-        )
+        try:
+            pruned, _ = mtp.prune(
+                model=copy.deepcopy(model).to(memory_format=torch.contiguous_format),  # it refuses channels_last
+                mode=[("fastnas", config)],
+                constraints={"flops": f"{percent}%"},
+                dummy_input=example,
+                config={
+                    "data_loader": batches,
+                    "collect_func": lambda batch: batch,
+                    "score_func": score,
+                    "checkpoint": str(folder / "sensitivities.pth"),
+                    "verbose": False,
+                },
+            )
+        except ValueError:  # so few FLOPs are below its smallest network
+            return None
         if milliseconds(pruned) <= budget_ms:
             return pruned  # type: ignore[no-any-return]
     return None
