@@ -11,6 +11,7 @@ trained network a seed and get the same steps in all: those of the full network,
 (pruning without a search is fine-tuned for both).
 
 * ``PaS, ms`` and ``PaS, MACs``: masks learnt under either loss; both end on the same predicted milliseconds.
+* ``PaS, ms, short``: a third fewer steps of the search, which fine-tuning gets instead.
 * ``magnitude`` and ``uniform``: pruned at once, the units with the largest weights kept.
 * ``uniform, scratch``: the same widths, trained from scratch for all those steps.
 * ``PaS, ms, widths alone`` and ``PaS, MACs, widths alone``: what was found, trained from scratch for the steps of one
@@ -44,9 +45,10 @@ from hwsearch.train.loop import TrainConfig, evaluate
 
 #: Steps of the search and of fine-tuning, over those of the full network.
 SEARCH_SHARE, TUNING_SHARE = 0.5, 0.5
+SHORT_SHARE = 1 / 3
 #: Learning rates of the search and of fine-tuning, over that of the full network.
 SEARCH_RATE, TUNING_RATE = 0.2, 0.5
-COSTS = {"PaS, ms": "ms", "PaS, MACs": "macs"}
+COSTS = {"PaS, ms": "ms", "PaS, MACs": "macs", "PaS, ms, short": "ms"}
 
 
 def steps_of(ready: Ready, share: float) -> int:
@@ -54,15 +56,16 @@ def steps_of(ready: Ready, share: float) -> int:
     return max(round(share * ready.training(0).total_steps(ready.setting.images)), 1)
 
 
-def pas_config(ready: Ready, seed: int, cost: str) -> PasConfig:
+def pas_config(ready: Ready, seed: int, cost: str, share: float = SEARCH_SHARE) -> PasConfig:
     """The search as it is by default, at the setting's sizes."""
     base, setting = PasConfig(), ready.setting
     rate = round(SEARCH_RATE * ready.training(seed).learning_rate, 9)
     training = replace(
-        base.training, steps=steps_of(ready, SEARCH_SHARE), batch_size=setting.batch, learning_rate=rate,
+        base.training, steps=steps_of(ready, share), batch_size=setting.batch, learning_rate=rate,
         final_rate=rate, seed=seed, checkpoint_s=15,
     )  # fmt: skip
-    return replace(base, training=training, winner=tuning(ready, seed, TUNING_SHARE), cost=cost, score_images=None)
+    winner = tuning(ready, seed, SEARCH_SHARE + TUNING_SHARE - share)
+    return replace(base, training=training, winner=winner, cost=cost, score_images=None)
 
 
 def tuning(ready: Ready, seed: int, share: float) -> TrainConfig:
@@ -76,7 +79,7 @@ def searched(shared: Seed, rows: Rows, method: str, share: float) -> None:
     ready, seed = shared.ready, shared.seed
     task, test = ready.task(seed)
     network, cost = shared.pretrained()
-    config = pas_config(ready, seed, COSTS[method])
+    config = pas_config(ready, seed, COSTS[method], SHORT_SHARE if method.endswith("short") else SEARCH_SHARE)
     folder = shared.path(f"{method.replace(' ', '-')}-{share}")
     found = PaS(ready.space, ready.budget(share), config, model=network, seed=seed, folder=folder).search(task, None)
     assert found.model is not None
@@ -141,6 +144,7 @@ def scaled_from_scratch(shared: Seed, rows: Rows, method: str, share: float) -> 
 METHODS: dict[str, Callable[[Seed, Rows, str, float], None]] = {
     "PaS, ms": searched,
     "PaS, MACs": searched,
+    "PaS, ms, short": searched,
     "magnitude": pruned,
     "uniform": pruned,
     "uniform, scratch": scaled_from_scratch,
