@@ -137,6 +137,23 @@ def test_a_run_keeps_its_budget_and_says_so(unbroken: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_delivers_the_better_network(unbroken: Path) -> None:
+    outcome = json.loads((unbroken / "output.json").read_text())
+    rows = {row["name"]: row for row in outcome["rows"]}
+    name = "uniform" if rows["uniform"]["held_out"] > rows["found"]["held_out"] else "found"  # as this CPU rounds
+    assert outcome["delivered"] == name
+    folder = unbroken / "runs/chain"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["widths"] == rows["found"]["widths"]
+    kept = json.loads((folder / "model/model.json").read_text())["widths"]
+    assert [kept[group] for group in result["groups"]] == rows[name]["widths"]
+    assert outcome["verdict"]["measured_ms"] == rows[name]["measured_ms"]
+    weights = sum(p.numel() for p in load_model(folder / "model").parameters())
+    assert weights == rows[name]["parameters"]
+    assert ("Uniform scaling is delivered" in (folder / "report.html").read_text()) is (name == "uniform")
+
+
+@pytest.mark.slow
 def test_the_same_command_again_changes_nothing(unbroken: Path) -> None:
     before = {name: (unbroken / name).read_bytes() for name in SAME}
     process = start(unbroken)
