@@ -42,6 +42,7 @@ _HOME_OF = {
     "MgasConfig": "hwsearch.search.mgas_config",
     "MgasWidths": "hwsearch.search.mgas_widths",
     "FilterConfig": "hwsearch.search.mgas_widths_config",
+    "WeightConfig": "hwsearch.search.mgas_weights_config",
     "PaS": "hwsearch.search.pas",
     "PasConfig": "hwsearch.search.pas_config",
     "RepNAS": "hwsearch.search.repnas",

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Builds what a search of cells found, from the genotype.
 FACTORY = "hwsearch.models.cells:cell_network"
+#: In the run folder: the found network as it takes the fewest bytes.
+PACKED = "model.packed"
 
 
 def mgas_search(ready: Prepared) -> MGAS | MgasWidths:
@@ -63,6 +65,19 @@ def about_found(ready: Prepared, result: SearchResult) -> Prepared:
         ready.first, template=narrowed.template, latency=latency, limit=replace(ready.first.limit, latency=latency)
     )
     return replace(ready, module=network, space=narrowed.space, targets=(target,))
+
+
+def keep_packed(ready: Prepared, result: SearchResult) -> None:
+    """Where single weights were searched: the found network's ONNX file, zeros packed away, in the run folder."""
+    if not ready.config.weights.asked:
+        return
+    from hwsearch.graph.onnx_export import export_onnx
+    from hwsearch.graph.onnx_packed import pack
+    from hwsearch.reparam.fold import fold
+
+    assert result.model is not None
+    file = pack(export_onnx(fold(result.model, ready.example, require=False), ready.example))
+    write_atomic(ready.run.path / PACKED, file)
 
 
 def _cost(ready: Prepared) -> DeviceCost:

@@ -60,6 +60,7 @@ from hwsearch.config_types import (
     Whole,
     Width,
 )
+from hwsearch.config_weights import WeightSettings
 from hwsearch.errors import InputError
 
 if TYPE_CHECKING:
@@ -308,6 +309,7 @@ class RunConfig:
     masks: MaskSettings = field(default_factory=MaskSettings)
     cells: CellSettings = field(default_factory=CellSettings)
     filters: FilterSettings = field(default_factory=FilterSettings)
+    weights: WeightSettings = field(default_factory=WeightSettings)
     deploy: DeploySettings = field(default_factory=DeploySettings)
 
     def __post_init__(self) -> None:
@@ -324,6 +326,8 @@ class RunConfig:
             raise InputError(f'[cells] is for method = "mgas", not {self.search.method}: leave it out')
         if self.search.method != "mgas" and self.filters != FilterSettings():
             raise InputError(f'[filters] is for method = "mgas", not {self.search.method}: leave it out')
+        if self.search.method != "mgas" and self.weights.asked:
+            raise InputError(f'[weights] is for method = "mgas", not {self.search.method}: leave it out')
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -366,7 +370,7 @@ class RunConfig:
         del plain["run"]["folder"], plain["deploy"]
         # a family goes on where it was with more budgets: each has a run folder of its own
         plain["search"]["budgets"] = self.search.budgets is not None
-        for section in ("supernet", "trial", "train", "masks", "cells", "filters"):
+        for section in ("supernet", "trial", "train", "masks", "cells", "filters", "weights"):
             del plain[section]["checkpoint_s"]
         return plain
 
@@ -443,7 +447,8 @@ class RunConfig:
             InputError: values that do not go together.
         """
         winner = self.train.config(self.run, "train", like=self.cells.base().winner)
-        return self.cells.config(winner, given(self.search, "measured", "rounds"))
+        shared = {**given(self.search, "measured", "rounds"), "weights": self.weights.config(winner)}
+        return self.cells.config(winner, shared)
 
     def mgas_widths(self) -> FilterConfig:
         """The search of filters that ``[filters]`` and ``[train]`` stand for.
@@ -451,7 +456,9 @@ class RunConfig:
         Raises:
             InputError: values that do not go together.
         """
-        return self.filters.config(self.training(), given(self.search, "measured", "rounds"))
+        winner = self.training()
+        shared = {**given(self.search, "measured", "rounds"), "weights": self.weights.config(winner)}
+        return self.filters.config(winner, shared)
 
     def repnas(self) -> RepNASSearchConfig:
         """The search of branches that ``[branches]`` and ``[train]`` stand for.

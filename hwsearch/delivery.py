@@ -39,12 +39,15 @@ class Delivered:
 def choose(ready: Prepared, result: SearchResult, compared: Compared) -> Delivered:
     """The found network, unless uniform scaling keeps every budget and scores better on held-out images.
 
-    Where an accuracy floor was set, or the config says ``deliver = "found"``, it is the found network always.
+    Where an accuracy floor was set, single weights were searched (uniform scaling keeps no size budget), or the config
+    says ``deliver = "found"``, it is the found network always.
     """
     rows = {row.name: row for row in compared.rows}
     uniform, found = rows.get(UNIFORM), rows[FOUND]
     held = Delivered(FOUND, result)
-    if uniform is None or ready.config.search.floor is not None or ready.config.deploy.deliver == FOUND:
+    config = ready.config
+    always = config.search.floor is not None or config.weights.asked or config.deploy.deliver == FOUND
+    if uniform is None or always:
         return held
     better = uniform.held_out > found.held_out if compared.higher_is_better else uniform.held_out < found.held_out
     if not better or not _keeps(uniform):

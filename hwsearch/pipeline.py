@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hwsearch.cell_run import about_found, found_factory, mgas_search
+from hwsearch.cell_run import about_found, found_factory, keep_packed, mgas_search
 from hwsearch.comparison import NetworkRow, compare, with_verdict, write_summary
 from hwsearch.config import RunConfig
 from hwsearch.console import Console
@@ -133,6 +133,7 @@ def search(ready: Prepared) -> SearchResult:
     with _stages(ready.console) as progress:
         result = searcher.search(task, None, progress=progress)
     _keep(ready, Delivered(FOUND, result))
+    keep_packed(ready, result)
     return result
 
 

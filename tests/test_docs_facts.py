@@ -16,6 +16,7 @@ import pytest
 
 from hwsearch.config import RunConfig, SearchSettings, TrainSettings
 from hwsearch.device.spec import Device
+from hwsearch.search.mgas_weights_config import WeightConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -86,6 +87,12 @@ def defaults() -> dict[tuple[str, str], dict[str, Any]]:
     training = {name: getattr(gates.training, name) for name in ("batch_size", "learning_rate", "checkpoint_s")}
     own = tuple(name for name in asdict(setup.filters) if name not in training)
     found["search_mgas.md", "filters"] = {**training, **{name: getattr(gates, name) for name in own}}
+
+    weights = WeightConfig(max_parameters=1)
+    training = {name: getattr(weights.training, name) for name in ("batch_size", "learning_rate", "checkpoint_s")}
+    own = tuple(name for name in asdict(setup.weights) if name not in training)
+    found["search_mgas.md", "weights"] = {**training, **{name: getattr(weights, name) for name in own}}
+    found["search_mgas.md", "weights"]["max_parameters"] = None
 
     setup = config("repnas")
     repnas = setup.repnas()

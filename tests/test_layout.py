@@ -27,6 +27,7 @@ ORDER = [
     "config_masks",
     "config_cells",
     "config_filters",
+    "config_weights",
     "config_devices",
     "config_branches",
     "config_data",

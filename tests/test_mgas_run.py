@@ -10,13 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from hwsearch.config import RunConfig
 from hwsearch.errors import InputError
 from hwsearch.granularity import check_granularity
 from hwsearch.graph.model_folder import load_model
+from hwsearch.graph.onnx_packed import unpack
 from hwsearch.model_argument import load_model_argument
 from hwsearch.models.cells import Genotype
 
@@ -121,10 +125,12 @@ ORDINARY: dict[str, Any] = {
 
 @pytest.mark.long
 def test_filters_are_searched_deployed_and_verified(tmp_path: Path) -> None:
-    """The example, as it is."""
+    """The example, with a size budget beside its milliseconds."""
     root = Path(__file__).resolve().parent.parent
     shutil.copytree(root / "devices", tmp_path / "devices")
-    command = [sys.executable, "-m", "hwsearch", "run", str(root / "examples/filters.toml"), "--json"]
+    sized = "\n[weights]\nmax_parameters = 8000\nepochs = 2\ntuning_epochs = 1\n"
+    (tmp_path / "filters.toml").write_text((root / "examples/filters.toml").read_text() + sized)
+    command = [sys.executable, "-m", "hwsearch", "run", "filters.toml", "--json"]
     environment = {**os.environ, "HWSEARCH_HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -139,6 +145,14 @@ def test_filters_are_searched_deployed_and_verified(tmp_path: Path) -> None:
     committed = [event for event in events if event["event"] == "committed"]
     assert committed[-1]["predicted_ms"][0] <= limit["max_ms"] < committed[0]["predicted_ms"][0]
     assert "Cells" not in (tmp_path / "runs/filters/report.html").read_text()
+    assert outcome["delivered"] == "found"
+    assert result["extra"]["weights"]["parameters"] <= 8000 < result["parameters"]
+    packed = (tmp_path / "runs/filters/model.packed").read_bytes()
+    bundled = (tmp_path / "runs/filters/bundle/model.onnx").read_bytes()
+    for file in (unpack(packed), bundled):
+        tensors = [numpy_helper.to_array(t) for t in onnx.load_from_string(file).graph.initializer]
+        assert sum(int(np.count_nonzero(t)) for t in tensors if t.dtype == np.float32) <= 8000
+    assert len(packed) < 0.7 * len(bundled)
 
 
 def test_filters_have_a_section_of_their_own() -> None:

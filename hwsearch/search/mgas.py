@@ -4,8 +4,8 @@ A super-network of cells is searched a few cells at a time (``mgas_stages``), ea
 the device would take for it. The genotype that is left becomes an ordinary network with ordinary width groups; its
 widths are moved exactly onto the budget, measured where the budget can measure, and it is trained from scratch.
 
-Weights one by one are not searched: no runtime of ours is faster with zeros in dense kernels, so they cost nothing in
-milliseconds.
+Weights one by one are searched for a size budget only, on the found network (``mgas_weight_search``): no runtime of
+ours is faster with zeros in dense kernels, so they cost nothing in milliseconds.
 
 Reference: MGAS (arXiv 2310.15074) and its published code, whose cost term is switched off; ``MgasConfig.published``
 searches by its settings. Ours: milliseconds, a multiplier that follows a target, gates on a node's filters, commits
@@ -31,6 +31,7 @@ from hwsearch.search.mgas_config import MgasConfig, schedule
 from hwsearch.search.mgas_cost import CellCost, Narrowed, cheapest
 from hwsearch.search.mgas_net import CellSuperNet
 from hwsearch.search.mgas_stages import COLUMNS, Stages, StageSearch
+from hwsearch.search.mgas_weight_search import thinned
 from hwsearch.search.result import SearchResult
 from hwsearch.search.searcher import Searcher, limit_outcomes, plain_settings
 from hwsearch.search.settle import Settled, settle
@@ -126,6 +127,9 @@ class MGAS(Searcher):
             space.model, space, choice, task, self.config.winner,
             folder=run.state / "winner", progress=titled(progress, "winner"),
         )  # fmt: skip
+        model, evaluation, thin = thinned(
+            model, evaluation, task, self.config.weights, space, run, progress=titled(progress, "weights")
+        )  # fmt: skip
         return SearchResult(
             method=self.method,
             seed=self.seed,
@@ -146,6 +150,7 @@ class MGAS(Searcher):
                 "trajectory": job.trajectory(),
                 "cut_at_ends": int(job.stages.control[5]),
                 "regrown": int(job.stages.control[6]),
+                **thin,
             },
             model=model,
         )
@@ -182,7 +187,11 @@ class _Job:
             if name.endswith(f".{end}")
         }
         limit = self.budget.limits[0]
-        settings = {name: value for name, value in plain_settings(config).items() if name not in ("training", "winner")}
+        settings = {
+            name: value
+            for name, value in plain_settings(config).items()
+            if name not in ("training", "winner", "weights")
+        }
         identity = {"kind": "mgas", "seed": self.seed, "max_ms": limit.max_ms, "config": settings}
         run_steps(
             self.stages, self.task.train, self.training, self.steps.step, identity=identity, own=own,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hwsearch.errors import InputError
+from hwsearch.search.mgas_weights_config import WeightConfig
 from hwsearch.train.loop import TrainConfig
 
 #: What sets the weight of the cost.
@@ -51,6 +52,7 @@ class MgasConfig:
         candidates: choices of widths near the found ones that are considered there.
         measured, rounds: candidates measured in a round and rounds at most, where the budget can measure.
         winner: training of the found network from scratch.
+        weights: search of the found network's single weights, after its training; None: they are all kept.
     """
 
     training: TrainConfig = field(default_factory=_steady)
@@ -80,6 +82,7 @@ class MgasConfig:
     measured: int = 2
     rounds: int = 6
     winner: TrainConfig = field(default_factory=_from_scratch)
+    weights: WeightConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("stages", "quantum", "least", "prune_goal", "candidates", "measured", "rounds"):

@@ -27,6 +27,7 @@ from hwsearch.search.grid import WidthGrid, row_keys
 from hwsearch.search.mgas_config import MgasConfig, schedule
 from hwsearch.search.mgas_filter_search import COLUMNS, Filters, FilterSearch
 from hwsearch.search.mgas_filters import FilterNet
+from hwsearch.search.mgas_weight_search import check_smallest, thinned
 from hwsearch.search.mgas_widths_config import FilterConfig
 from hwsearch.search.pas_masks import unmaskable
 from hwsearch.search.result import SearchResult
@@ -87,6 +88,10 @@ class MgasWidths(Searcher):
     def _settings(self) -> Mapping[str, Any]:
         return {**plain_settings(self.config), "searches": "filters"}
 
+    def _check(self) -> None:
+        super()._check()
+        check_smallest(self.config.weights, self.space)
+
     def _search(self, run: RunFolder, train: Any, valid: Any, progress: Progress | None) -> SearchResult:
         task = as_task(train, valid)
         fixed = unmaskable(self.space)
@@ -103,6 +108,9 @@ class MgasWidths(Searcher):
         run.event("settled", widths=choice.widths, measured_ms=settled.measured_ms)
         kept = job.net.largest(choice)
         model, evaluation = job.winner(choice)
+        model, evaluation, thin = thinned(
+            model, evaluation, task, self.config.weights, self.space, run, progress=titled(progress, "weights")
+        )  # fmt: skip
         return SearchResult(
             method=self.method,
             seed=self.seed,
@@ -126,6 +134,7 @@ class MgasWidths(Searcher):
                 "fixed_groups": sorted(full),
                 "log10_space": self.space.log10_size,
                 "log10_searched": space.log10_size,
+                **thin,
             },
             model=model,
         )
@@ -163,7 +172,11 @@ class _Job:
             for index, _ in self.net.searched()
             for name, speed in (("score", config.score_rate), ("threshold", config.threshold_rate))
         }
-        plain = {name: value for name, value in plain_settings(config).items() if name not in ("training", "winner")}
+        plain = {
+            name: value
+            for name, value in plain_settings(config).items()
+            if name not in ("training", "winner", "weights")
+        }
         identity = {
             "kind": "mgas_filters", "space": WidthGrid.of(self.space).digest, "seed": self.seed, "config": plain,
             "limits": [[limit.name, limit.max_ms] for limit in self.budget.limits],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hwsearch.errors import InputError
+from hwsearch.search.mgas_weights_config import WeightConfig
 from hwsearch.train.loop import TrainConfig
 
 #: What the winner's weights start from.
@@ -37,6 +38,7 @@ class FilterConfig:
         winner: training of the found network; None: none, which ``start = "masked"`` allows.
         start: what the winner's weights start from: ``scratch`` (the paper), or ``masked``, those that the search
             leaves.
+        weights: search of the found network's single weights, after its training; None: they are all kept.
     """
 
     training: TrainConfig = field(default_factory=_steady)
@@ -58,6 +60,7 @@ class FilterConfig:
     rounds: int = 6
     winner: TrainConfig | None = field(default_factory=TrainConfig)
     start: str = "scratch"
+    weights: WeightConfig | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("candidates", 1), ("calibration_images", 2), ("measured", 1), ("rounds", 1)):

@@ -141,9 +141,11 @@ def full_model(space: WidthSpace, model: nn.Module | None, method: str) -> nn.Mo
 def plain_settings(config: Any) -> dict[str, Any]:
     """A config dataclass as plain values, without how often its trainings write checkpoints, which decides nothing."""
     plain = asdict(config)
-    for section in plain.values():
-        if isinstance(section, dict):
-            section.pop("checkpoint_s", None)
+    sections = [plain]
+    while sections:
+        section = sections.pop()
+        section.pop("checkpoint_s", None)
+        sections += [value for value in section.values() if isinstance(value, dict)]
     return plain
 
 

@@ -127,6 +127,8 @@ _LINES: tuple[tuple[str, str, str], ...] = (
     ("branches", "warmup = 0.5", r"\[branches\]|branches"),
     ("masks", "epochs = 1", r"\[masks\]"),
     ("cells", "steps = 1", r"\[cells\]|cells"),
+    ("filters", "epochs = 1", r"\[filters\]"),
+    ("weights", "epochs = 1", r"\[weights\]"),
 )
 _REPLACED: tuple[tuple[str, str, str, str], ...] = (
     ("a budget of words", '"50%"', '"lots"', "search.budget is"), ("a budget of 0", '"50%"', '"0%"', "search.budget"),

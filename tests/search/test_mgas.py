@@ -21,6 +21,8 @@ from hwsearch.search.mgas_config import MgasConfig, schedule
 from hwsearch.search.mgas_cost import Narrowed, Sized, cheapest, rounded, worth
 from hwsearch.search.mgas_net import CellSuperNet
 from hwsearch.search.mgas_stages import Stages, StageSearch, regrow
+from hwsearch.search.mgas_weight_search import size_of
+from hwsearch.search.mgas_weights_config import WeightConfig
 from hwsearch.train.data import synthetic_images
 from hwsearch.train.loop import TrainConfig, run_steps
 from hwsearch.train.task import Classification
@@ -130,6 +132,16 @@ def test_a_search_ends_inside_the_budget(space: WidthSpace, tmp_path: Path, shar
     ends = [e for e in events if e["event"] == "committed"]
     assert ends[-1]["final"]
     assert ends[-1]["predicted_ms"] <= QUICK.aim * result.budget_ms
+
+
+def test_single_weights_of_the_found_network_keep_a_size_budget(space: WidthSpace) -> None:
+    budget, _ = budget_of(0.5)
+    weights = WeightConfig(max_parameters=900, training=replace(STEADY, nesterov=True), epochs=1, tuning_epochs=0.5)
+    result = MGAS(space, budget, replace(QUICK, weights=weights), cost=Weighed()).search(task_(), None)
+    assert result.model is not None
+    assert result.extra["weights"]["parameters"] == 900 < result.extra["weights"]["parameters_before"]
+    assert size_of(result.model, torch.zeros(1, 1, 8, 8), in_bytes=False).parameters == 900
+    assert result.predicted_ms <= result.budget_ms
 
 
 def test_what_is_measured_decides_and_a_slow_genotype_is_cut_further(space: WidthSpace, tmp_path: Path) -> None:

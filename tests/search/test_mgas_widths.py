@@ -12,14 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from hwsearch.errors import InfeasibleBudgetError, InputError
+from hwsearch.errors import AnswerIsNo, InfeasibleBudgetError, InputError
 from hwsearch.graph.widths import WidthSpace
 from hwsearch.search.budget import Budget, Limit
 from hwsearch.search.grid import WidthGrid
 from hwsearch.search.mgas_config import Phase
 from hwsearch.search.mgas_filter_search import Filters, FilterSearch, filter_worth
 from hwsearch.search.mgas_filters import FilterNet
+from hwsearch.search.mgas_weight_search import size_of
+from hwsearch.search.mgas_weights_config import WeightConfig
 from hwsearch.search.mgas_widths import FilterConfig, MgasWidths
+from hwsearch.search.result import SearchResult
 from hwsearch.search.stairs import stair_edges
 from hwsearch.train.data import synthetic_images
 from hwsearch.train.loop import TrainConfig, evaluate, train
@@ -151,6 +154,25 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
             replace(QUICK, **{name: value})  # type: ignore[arg-type]
     with pytest.raises(InputError, match="winner is None, but start is 'scratch'"):
         replace(QUICK, winner=None)
+
+
+def test_a_size_budget_is_kept_beside_the_milliseconds(case: Any, toy: Any, tmp_path: Path) -> None:
+    model, space = case
+    weights = WeightConfig(max_parameters=900, training=STEADY, epochs=2, tuning_epochs=0.5, rate=200.0)
+    config, titles = replace(QUICK, start="masked", weights=weights), []
+    search = MgasWidths(space, budget_of(toy, space, 0.6), config, model=model, folder=tmp_path / "run")
+    result = search.search(task_(), None, progress=lambda *call: titles.append(call[2].split(":")[0]))
+    assert list(dict.fromkeys(titles)) == ["filters", "winner", "weights"]
+    assert 0.97 <= result.predicted_ms / result.budget_ms <= 1.0
+    assert result.model is not None
+    assert sum(p.numel() for p in result.model.parameters()) == result.parameters > 900
+    assert size_of(result.model, torch.zeros(1, 1, 8, 8), in_bytes=False).parameters == 900
+    assert result.extra["weights"]["parameters"] == 900
+    assert SearchResult.load(tmp_path / "run" / "result.json").to_json() == result.to_json()
+    tiny = replace(QUICK, weights=replace(weights, max_parameters=1))
+    search = MgasWidths(space, budget_of(toy, space, 0.6), tiny, model=model)
+    with pytest.raises(AnswerIsNo, match="no network of this width space keeps 1 parameters"):
+        search.search(task_(), None)
 
 
 # ---- price, commits and the controller ----
