@@ -29,10 +29,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from ending import leave
+
 from hwsearch.device.lock import background_lock, timing_lock
 from hwsearch.device.machine import instruction_sets, processor
 from hwsearch.device.spec import Device
-from hwsearch.errors import HwsearchError, InputError
+from hwsearch.errors import InputError
 
 SHAPE = (1, 3, 224, 224)
 PREDICTOR = "predictor"
@@ -173,11 +175,7 @@ def main() -> int:
     parser.add_argument("--busy", action="store_true", help="do not wait for a quiet machine")
     parser.add_argument("--json", action="store_true", help="one object instead of the table")
     asked = parser.parse_args()
-    try:
-        rows = run(asked)
-    except HwsearchError as error:
-        print(f"bench_cli: error: {error}", file=sys.stderr)
-        return error.exit_code
+    rows = run(asked)
     if asked.json:
         print(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}))
     else:
@@ -218,4 +216,4 @@ def run(asked: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -23,7 +23,6 @@ import argparse
 import csv
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +30,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from ending import leave
 from torch import nn
 from width_timing import measured_ms
 
 from hwsearch.console import Console
 from hwsearch.device.spec import Device
-from hwsearch.errors import HwsearchError, InputError
+from hwsearch.errors import InputError
 from hwsearch.graph.widths import WidthChoice, WidthSpace
 from hwsearch.latency.network import NetworkLatency
 from hwsearch.latency.predictor import LatencyPredictor
@@ -366,22 +366,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     console = Console()
     torch.set_num_threads(1)
-    try:
-        if asked.step == "plan":
-            run_plan(console)
-        elif asked.step == "claim":
-            run_claim(asked.network, asked.part, asked.output, console)
-        elif asked.step == "search":
-            run_search(asked.network, asked.device, asked.methods, asked.output, console)
-        elif asked.step == "measure":
-            run_measure(asked.network, asked.device, asked.output, console)
-        else:
-            run_report(asked.output, console)
-    except HwsearchError as error:
-        sys.stderr.write(f"bench_conetv2: error: {error}\n")
-        return 2
+    if asked.step == "plan":
+        run_plan(console)
+    elif asked.step == "claim":
+        run_claim(asked.network, asked.part, asked.output, console)
+    elif asked.step == "search":
+        run_search(asked.network, asked.device, asked.methods, asked.output, console)
+    elif asked.step == "measure":
+        run_measure(asked.network, asked.device, asked.output, console)
+    else:
+        run_report(asked.output, console)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -15,17 +15,17 @@ import argparse
 import dataclasses
 import json
 import platform
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+from ending import leave
 
 from hwsearch.config import RunConfig
 from hwsearch.config_devices import FurtherDevice
 from hwsearch.console import Console
 from hwsearch.device.session import open_session
 from hwsearch.device.spec import Device
-from hwsearch.errors import HwsearchError
 from hwsearch.latency.measure import measure_many
 from hwsearch.pipeline import run
 from hwsearch.preparation import ensure_checked
@@ -110,7 +110,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except HwsearchError as error:
-        sys.exit(f"bench_devices: error: {error}")
+    leave(main)

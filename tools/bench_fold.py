@@ -26,13 +26,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from ending import leave
 from torch import Tensor, nn
 
 from hwsearch.device.check import DeviceCheck
 from hwsearch.device.lock import background_lock
 from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device
-from hwsearch.errors import HwsearchError, InputError
+from hwsearch.errors import InputError
 from hwsearch.graph.onnx_build import export_onnx
 from hwsearch.latency.measure import measure_many
 from hwsearch.models import load_factory, resnet18
@@ -135,16 +136,12 @@ def main() -> int:
     chosen = {name: {**NETWORKS, **SMALL}[name] for name in arguments.only or NETWORKS}
     chosen |= {name: (partial(load_factory, name), (1, 3, 224, 224)) for name in arguments.also}
     rows = []
-    try:
-        with open_session(Device.load(arguments.device)) as session:
-            for name, (factory, shape) in chosen.items():
-                print(f"{name} ...", file=sys.stderr, flush=True)
-                rows.append(bench(name, factory, shape, session))
-                if arguments.csv:
-                    append(arguments.csv, arguments.device, rows[-1])
-    except HwsearchError as error:
-        print(f"bench_fold: error: {error}", file=sys.stderr)
-        return error.exit_code
+    with open_session(Device.load(arguments.device)) as session:
+        for name, (factory, shape) in chosen.items():
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            rows.append(bench(name, factory, shape, session))
+            if arguments.csv:
+                append(arguments.csv, arguments.device, rows[-1])
     about = {
         "device": arguments.device,
         "machine": platform.processor() or platform.machine(),
@@ -179,4 +176,4 @@ def append(path: Path, device: str, row: Row) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ending import leave
 
 from hwsearch.deploy.int8 import judge_of
 from hwsearch.deploy.quantise import Int8Settings, Quantised, quantise, scheme_for
@@ -35,7 +36,7 @@ from hwsearch.device.lock import background_lock
 from hwsearch.device.runtime_onnxruntime import probe
 from hwsearch.device.session import open_session
 from hwsearch.device.spec import Device
-from hwsearch.errors import CheckFailedError, HwsearchError, InputError
+from hwsearch.errors import CheckFailedError, InputError
 from hwsearch.graph.onnx_build import export_onnx
 from hwsearch.latency.measure import measure_many
 from hwsearch.models.repvgg import repvgg_small
@@ -228,20 +229,16 @@ def main() -> int:
     parser.add_argument("--device", default="x86-ort-1t", help="measure: the device")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        if arguments.part == "train":
-            run_train(arguments)
-            return 0
-        lines = read(arguments.output)
-        if arguments.part == "report":
-            print(report(lines))
-        else:
-            run_measure(arguments, lines)
-    except HwsearchError as error:
-        print(f"bench_int8: error: {error}", file=sys.stderr)
-        return error.exit_code
+    if arguments.part == "train":
+        run_train(arguments)
+        return 0
+    lines = read(arguments.output)
+    if arguments.part == "report":
+        print(report(lines))
+    else:
+        run_measure(arguments, lines)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -17,20 +17,20 @@ import argparse
 import csv
 import json
 import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from ending import leave
 
 from hwsearch.console import Console
 from hwsearch.device.check import DeviceCheck, check_device
 from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device
 from hwsearch.device.stopwatch import MEASURE
-from hwsearch.errors import HwsearchError, InputError, NoisyDeviceError
+from hwsearch.errors import InputError, NoisyDeviceError
 from hwsearch.graph.kernel import Kernel
 from hwsearch.latency.card import RIVAL_NAMES, ErrorRow
 from hwsearch.latency.measure import measure_many
@@ -271,19 +271,15 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     console = Console(json=asked.json)
-    try:
-        device = Device.load(asked.device)
-        if asked.step == "campaign":
-            run_campaign(device, asked.minutes, console)
-        elif asked.step == "measure":
-            run_measure(device, unseen_networks(asked.networks), asked.number, console)
-        else:
-            run_report(device, unseen_networks(asked.networks), console, asked.json)
-    except HwsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    device = Device.load(asked.device)
+    if asked.step == "campaign":
+        run_campaign(device, asked.minutes, console)
+    elif asked.step == "measure":
+        run_measure(device, unseen_networks(asked.networks), asked.number, console)
+    else:
+        run_report(device, unseen_networks(asked.networks), console, asked.json)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

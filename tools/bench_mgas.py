@@ -2,7 +2,6 @@
 """Measures MGAS on Fashion-MNIST: cells under a budget in ms, staged against whole, and against what is simpler.
 
     python tools/bench_mgas.py plan    --device x86-ort-1t                     # costs, nothing is trained
-    python tools/bench_mgas.py memory  --device x86-ort-1t --output build/mgas.csv
     python tools/bench_mgas.py search  --device x86-ort-1t --output build/mgas.csv --seconds 600
     python tools/bench_mgas.py measure --device x86-ort-1t --output build/mgas.csv
     python tools/bench_mgas.py report  --output build/mgas.csv
@@ -18,9 +17,6 @@ alike.
   with the strongest operation of each (as DARTS does), uniformly narrowed until the budget is kept.
 * ``MobileNetV2, CafeNet``: widths of MobileNetV2 by CafeNet, at the same milliseconds.
 
-``memory`` takes the first steps of every phase of a search in three stages and in one, each in a process of its own:
-bytes that the forward pass keeps for the backward one, seconds of a step, and the process's largest resident memory.
-
 Every finished network is a line of the output file; a run that was stopped goes on. One torch thread; milliseconds are
 predictions until ``measure``, which takes the timing lock.
 """
@@ -30,8 +26,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ending import leave
 from search_settings import Rows
 from torch import Tensor, nn
 
@@ -61,7 +56,6 @@ from hwsearch.search.mgas import MGAS
 from hwsearch.search.mgas_config import MgasConfig, schedule
 from hwsearch.search.mgas_cost import DeviceCost, Sized
 from hwsearch.search.mgas_net import CellSuperNet
-from hwsearch.search.mgas_stages import Stages, StageSearch
 from hwsearch.search.winner import finish, reset
 from hwsearch.train.data import Batch, Examples, Shuffle, limit, split
 from hwsearch.train.fashion_mnist import load_fashion_mnist
@@ -347,90 +341,6 @@ def search(at: Ready, rows: Rows, seeds: int, methods: Sequence[str], shares: Se
                     METHODS[method](at, rows, method, share, seed)
 
 
-# ---- memory and seconds, staged against whole ----
-
-
-def memory(at: Ready, rows: Rows, device_name: str) -> None:
-    """Both searches, each in a process of its own."""
-    for stages in (3, 1):
-        if rows.has_any("memory", NAME, f"{stages} stages"):
-            continue
-        command = [sys.executable, __file__, "memory-of", "--device", device_name, "--stages", str(stages)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise HwsearchError(f"the search in {stages} stages failed: {done.stderr.strip().splitlines()[-1]}")
-        told = json.loads(done.stdout.splitlines()[-1])
-        for phase in told["phases"]:
-            key = ("memory", NAME, f"{stages} stages", "", phase["number"], "")
-            rows.add(key, note=json.dumps({**phase, "resident_mb": told["resident_mb"]}))
-
-
-def memory_of(at: Ready, stages: int, steps: int = 20) -> dict[str, Any]:
-    """Bytes and seconds of the steps of every phase of a search at the first budget, its epochs cut to some steps."""
-    task, _ = at.task(0)
-    config = mgas_config(0, stages=stages)
-    ends = [-(-at.blueprint.cells * (k + 1) // stages) for k in range(stages)]
-    torch.manual_seed(0)
-    net = CellSuperNet(at.blueprint, stages=ends, least=config.least)
-    short = {"warmup_epochs": 0.25, "stage_epochs": 0.75, "final_epochs": 1.0, "prune_every": 0.25}
-    if stages == 1:  # for as many steps in all as three stages have
-        short |= {"warmup_epochs": 4 * 0.25, "final_epochs": 3 * 0.75 + 1.0}
-    config = replace(config, **short)
-    phases = schedule(config, steps, len(ends))
-    inner = StageSearch(
-        Stages(net, 8), task, at.cost, config.aim * SHARES[0] * at.full_ms, config, phases, seed=0,
-        tell=lambda *_, **__: None,
-    )  # fmt: skip
-    found: dict[int, dict[str, list[float]]] = {}
-
-    def step(number: int, batch: Batch) -> Tensor:
-        at_phase = max(i for i, phase in enumerate(phases) if phase.start <= number)
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        priced = (
-            number in {phase.start for phase in phases}
-            or number - phases[at_phase].start + 1 in phases[at_phase].commits
-        )
-        started = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = inner.step(number, batch)
-        mine = found.setdefault(at_phase, {"mb": [], "seconds": []})
-        mine["mb"].append(sum(kept.values()) / 1e6)
-        if not priced:  # asking the runtime is not the step's time
-            mine["seconds"].append(time.perf_counter() - started)
-        return loss
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    total = phases[-1].start + phases[-1].steps
-    own = {
-        name: OwnRate(speed / config.training.learning_rate, config.gate_momentum)
-        for end, speed in (("score", config.score_rate), ("threshold", config.threshold_rate))
-        for name, _ in inner.stages.named_parameters()
-        if name.endswith(f".{end}")
-    }
-    run_steps(inner.stages, task.train, replace(config.training, steps=total), step, identity={}, own=own)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    told = [
-        {
-            "number": i,
-            "stage": phases[i].stage,
-            "steps": phases[i].steps,
-            "mb": max(m["mb"]),
-            "seconds": float(np.mean(m["seconds"])),
-        }
-        for i, m in sorted(found.items())
-    ]
-    return {"phases": told, "resident_mb": grown / 1e3}
-
-
-# ---- measuring and reporting ----
-
-
 def measure_rows(at: Ready, rows: Rows) -> None:
     """Every network of the file that has no measured line yet; networks are timed in turn, a dozen together."""
     wanted = sorted({key[5] for key in rows.known if key[0] == "mgas"})
@@ -446,7 +356,7 @@ def measure_rows(at: Ready, rows: Rows) -> None:
 
 
 def report(path: Path) -> None:
-    """Markdown tables: accuracy at milliseconds by method and budget, and memory and seconds of the searches."""
+    """A Markdown table: accuracy at milliseconds by method and budget."""
     lines = list(Rows(path, float("inf")).known.values())
     measured = {r["widths"]: float(r["note"].split()[0]) for r in lines if r["part"] == "measured"}
     ours = [r for r in lines if r["part"] == "mgas"]
@@ -463,24 +373,6 @@ def report(path: Path) -> None:
                 by_method.setdefault(method, {}).setdefault(row["seed"], []).append(row)
         for method in (m for m in METHODS if m in by_method):
             print(f"| {share} | {method} | {row_text(by_method[method], by_method.get('random'), measured, kind)} |")
-    spent = [(r["method"], json.loads(r["note"])) for r in lines if r["part"] == "memory"]
-    if spent:
-        print("\n| search | phase | kept for backward, MB | s a step | largest resident growth, MB |")
-        print("|---|---|---|---|---|")
-        for method, phase in spent:
-            cells = f"{phase['mb']:.1f} | {phase['seconds']:.3f} | {phase['resident_mb']:.0f}"
-            print(f"| {method} | {phase['number']} | {cells} |")
-        by_search = {m: [p for name, p in spent if name == m] for m in ("3 stages", "1 stages")}
-        if all(by_search.values()):
-            largest = [max(p["mb"] for p in phases) for phases in by_search.values()]
-            seconds = [
-                sum(p["seconds"] * p["steps"] for p in phases) / sum(p["steps"] for p in phases)
-                for phases in by_search.values()
-            ]
-            print(
-                f"\nstaged over whole: memory {largest[0] / largest[1]:.3f}, "
-                f"seconds a step {seconds[0] / seconds[1]:.3f}"
-            )
 
 
 def row_text(
@@ -547,39 +439,30 @@ def plan(at: Ready, seeds: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("plan", "memory", "memory-of", "search", "measure", "report"))
+    parser.add_argument("part", choices=("plan", "search", "measure", "report"))
     parser.add_argument("--device", default="x86-ort-1t", help="its predictor prices the cells")
     parser.add_argument("--output", type=Path, default=Path("build/mgas.csv"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", action="append", default=[], choices=list(METHODS), help="all of them by default")
     parser.add_argument("--share", action="append", default=[], type=float, help=f"by default {SHARES}")
-    parser.add_argument("--stages", type=int, default=3, help="of memory-of")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the line that ends later")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        if asked.part == "report":
-            report(asked.output)
-            return 0
-        at = ready(asked.device)
-        with at.session:
-            if asked.part == "plan":
-                plan(at, asked.seeds)
-            elif asked.part == "memory-of":
-                print(json.dumps(memory_of(at, asked.stages)))
+    if asked.part == "report":
+        report(asked.output)
+        return 0
+    at = ready(asked.device)
+    with at.session:
+        if asked.part == "plan":
+            plan(at, asked.seeds)
+        else:
+            rows = Rows(asked.output, asked.seconds)
+            if asked.part == "measure":
+                measure_rows(at, rows)
             else:
-                rows = Rows(asked.output, asked.seconds)
-                if asked.part == "memory":
-                    memory(at, rows, asked.device)
-                elif asked.part == "measure":
-                    measure_rows(at, rows)
-                else:
-                    search(at, rows, asked.seeds, asked.method, asked.share)
-    except HwsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+                search(at, rows, asked.seeds, asked.method, asked.share)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -25,17 +25,16 @@ stopped goes on. One torch thread; milliseconds are predictions until ``measure`
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from ending import leave
 from search_settings import CANDIDATES, SETTINGS, Ready, Rows, Seed, alone, ready, training_cost
 from width_timing import measured_ms, text
 
-from hwsearch.errors import HwsearchError
 from hwsearch.graph.widths import WidthChoice
 from hwsearch.search.baselines import magnitude, uniform
 from hwsearch.search.grid import WidthGrid
@@ -270,22 +269,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the line that ends later")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        if asked.part == "report":
-            report(asked.output)
-            return 0
-        prepared = ready(asked.setting, asked.device)
-        if asked.part == "plan":
-            plan(prepared, asked.seeds)
-        elif asked.part == "measure":
-            measure_rows(prepared, asked.output, asked.device)
-        else:
-            search(prepared, Rows(asked.output, asked.seconds), asked.seeds, asked.method, asked.share)
-    except HwsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if asked.part == "report":
+        report(asked.output)
+        return 0
+    prepared = ready(asked.setting, asked.device)
+    if asked.part == "plan":
+        plan(prepared, asked.seeds)
+    elif asked.part == "measure":
+        measure_rows(prepared, asked.output, asked.device)
+    else:
+        search(prepared, Rows(asked.output, asked.seconds), asked.seeds, asked.method, asked.share)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

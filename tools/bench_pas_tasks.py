@@ -18,7 +18,6 @@ that was stopped goes on. One torch thread; milliseconds are predictions until `
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_pas import METHODS, SEARCH_SHARE, TUNING_SHARE, measure_rows, pas_config
+from ending import leave
 from search_settings import Ready, Rows, Seed, Setting, loaded, training_cost
 
-from hwsearch.errors import HwsearchError
 from hwsearch.models import detector_small, segmenter_small, translator_small
 from hwsearch.search.baselines import uniform
 from hwsearch.train.data import Examples
@@ -153,24 +152,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the line that ends later")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        if asked.part == "report":
-            report(asked.output)
-            return 0
-        rows = Rows(asked.output, asked.seconds)
-        for name in asked.setting or SETTINGS:
-            prepared = ready(name, asked.device)
-            if asked.part == "plan":
-                plan(prepared, asked.seeds)
-            elif asked.part == "measure":
-                measure_rows(prepared, asked.output, asked.device)
-            else:
-                search(prepared, rows, asked.seeds, asked.method, asked.share)
-    except HwsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if asked.part == "report":
+        report(asked.output)
+        return 0
+    rows = Rows(asked.output, asked.seconds)
+    for name in asked.setting or SETTINGS:
+        prepared = ready(name, asked.device)
+        if asked.part == "plan":
+            plan(prepared, asked.seeds)
+        elif asked.part == "measure":
+            measure_rows(prepared, asked.output, asked.device)
+        else:
+            search(prepared, rows, asked.seeds, asked.method, asked.share)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -42,11 +42,11 @@ import numpy as np
 import torch
 from bench_pas import METHODS as PAS
 from bench_search import FINE_TUNING_RATE, cafenet, measure_rows
+from ending import leave
 from search_settings import HEADER, SETTINGS, Ready, Rows, Seed, alone, ready, training_cost
 from torch import nn
 from width_timing import text
 
-from hwsearch.errors import HwsearchError
 from hwsearch.graph.widths import WidthChoice
 from hwsearch.search.baselines import uniform
 from hwsearch.search.winner import train_choice
@@ -267,20 +267,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the line that ends later")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        if asked.part == "report":
-            report(asked.output)
-        elif asked.part == "run":
-            run(asked)
-        elif asked.part == "measure":
-            measure_rows(ready(asked.setting, asked.device), asked.output, asked.device)
-        else:
-            one(ready(asked.setting, asked.device), asked.output, asked.method, asked.share, asked.seed)
-    except HwsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if asked.part == "report":
+        report(asked.output)
+    elif asked.part == "run":
+        run(asked)
+    elif asked.part == "measure":
+        measure_rows(ready(asked.setting, asked.device), asked.output, asked.device)
+    else:
+        one(ready(asked.setting, asked.device), asked.output, asked.method, asked.share, asked.seed)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -32,13 +32,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ending import leave
 from torch import Tensor, nn
 
 from hwsearch.device.check import DeviceCheck
 from hwsearch.device.lock import background_lock, timing_lock
 from hwsearch.device.session import open_session
 from hwsearch.device.spec import Device
-from hwsearch.errors import HwsearchError, InputError
+from hwsearch.errors import InputError
 from hwsearch.graph.onnx_build import export_onnx
 from hwsearch.latency.measure import measure_many
 from hwsearch.models.repvgg import repvgg_small
@@ -303,32 +304,28 @@ def main() -> int:
     parser.add_argument("--device", help="time: measure folded networks on this device too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        if unknown := set(arguments.methods) - set(METHODS):
-            raise InputError(f"there is no method {min(unknown)!r}: give some of {','.join(METHODS)}")
-        if arguments.part == "plan":
-            print(plan(arguments.steps, arguments.seeds, arguments.methods))
-            return 0
-        if arguments.part == "train":
-            run_train(arguments)
-            return 0
-        lines = [line for line in read(arguments.output) if line.steps == arguments.steps]
-        if arguments.part == "report":
-            print(report(lines, arguments.methods))
-            return 0
-        seeds = sorted({line.seed for line in lines})
-        chosen = [line for line in lines if seeds and line.seed == seeds[0]]
-        steps = time_steps(chosen, arguments.repeats)
-        for name, seconds in steps.items():
-            print(f"{name}: {1000 * seconds:.1f} ms a step, {seconds / steps.get('dbb', seconds):.2f} of dbb")
-        if arguments.device:
-            for name, told in folded_ms(chosen, arguments.device).items():
-                print(f"{name}: folded {told}")
-    except HwsearchError as error:
-        print(f"bench_repnas: error: {error}", file=sys.stderr)
-        return error.exit_code
+    if unknown := set(arguments.methods) - set(METHODS):
+        raise InputError(f"there is no method {min(unknown)!r}: give some of {','.join(METHODS)}")
+    if arguments.part == "plan":
+        print(plan(arguments.steps, arguments.seeds, arguments.methods))
+        return 0
+    if arguments.part == "train":
+        run_train(arguments)
+        return 0
+    lines = [line for line in read(arguments.output) if line.steps == arguments.steps]
+    if arguments.part == "report":
+        print(report(lines, arguments.methods))
+        return 0
+    seeds = sorted({line.seed for line in lines})
+    chosen = [line for line in lines if seeds and line.seed == seeds[0]]
+    steps = time_steps(chosen, arguments.repeats)
+    for name, seconds in steps.items():
+        print(f"{name}: {1000 * seconds:.1f} ms a step, {seconds / steps.get('dbb', seconds):.2f} of dbb")
+    if arguments.device:
+        for name, told in folded_ms(chosen, arguments.device).items():
+            print(f"{name}: folded {told}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

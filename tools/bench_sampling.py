@@ -13,12 +13,12 @@ plain than a plan's own draws.
 from __future__ import annotations
 
 import argparse
-import sys
 
 import numpy as np
+from ending import leave
 
 from hwsearch.device.spec import Device
-from hwsearch.errors import HwsearchError, InputError
+from hwsearch.errors import InputError
 from hwsearch.latency.active import CANDIDATES, Need
 from hwsearch.latency.boosting import BoostSettings
 from hwsearch.latency.model import KernelModel
@@ -69,13 +69,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="x86-ort-1t", help="its table is replayed")
     asked = parser.parse_args()
-    try:
-        networks = list(LatencyTable.load(Device.load(asked.device).table_folder).networks)
-        if len(networks) < 1.5 * max(JUDGED):
-            raise InputError(f"the table has {len(networks)} networks; {round(1.5 * max(JUDGED))} are needed")
-    except HwsearchError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    networks = list(LatencyTable.load(Device.load(asked.device).table_folder).networks)
+    if len(networks) < 1.5 * max(JUDGED):
+        raise InputError(f"the table has {len(networks)} networks; {round(1.5 * max(JUDGED))} are needed")
     print("| seed | networks | MAPE at random | chosen | within 10 % at random | chosen |\n|---|---|---|---|---|---|")
     pairs: dict[int, list[tuple[float, float]]] = {}
     for seed in range(SEEDS):
@@ -92,4 +88,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

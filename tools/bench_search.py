@@ -1,24 +1,17 @@
 #!/usr/bin/env python
-"""Measures the search: does the super-network rank widths rightly, and is what it finds better than what is simpler?
+"""Measures the search: is what it finds better than what is simpler?
 
     python tools/bench_search.py plan    --device x86-ort-1t
-    python tools/bench_search.py ranking --device x86-ort-1t --output build/ranking.csv --seconds 600
     python tools/bench_search.py search  --device x86-ort-1t --output build/search.csv --seconds 600
     python tools/bench_search.py measure --device x86-ort-1t --output build/search.csv
-    python tools/bench_search.py step
-    python tools/bench_search.py report  --output build/ranking.csv build/search.csv
+    python tools/bench_search.py report  --output build/search.csv
 
 Every finished training or search is a line of the output file, so a run that was stopped (``--seconds`` stops it in
 time) goes on. One torch thread. Milliseconds are predictions from the device's table until ``measure``, which takes the
 timing lock, has put measured ones beside them.
 
-``ranking``: widths in strata of nearly equal milliseconds, each trained alone from scratch with two seeds (the truth:
-accuracy and negative log-likelihood on the test set), against the held-out loss under shared weights: CafeNet
-(r = 1, 2), slimmable (r = 0), BCNet, and MACs alone. ``report`` gives Kendall's tau within strata with bootstrap
-intervals, the tau between the two seeds beside it.
-
-``search``: found networks against uniform scaling, magnitude, MACs as the only constraint and Torch-Pruning, retrained
-alike; see ``METHODS``. Cost is counted as image passes times MACs (three for a training pass, one for a forward pass).
+Found networks against uniform scaling, magnitude, MACs as the only constraint and Torch-Pruning, retrained alike; see
+``METHODS``. Cost is counted as image passes times MACs (three for a training pass, one for a forward pass).
 """
 
 from __future__ import annotations
@@ -26,15 +19,15 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from bench_ranking import strata
+from ending import leave
 from search_settings import (
     CANDIDATES,
     SETTINGS,
@@ -49,124 +42,16 @@ from search_settings import (
 from torch import nn
 from width_timing import measured_ms, text
 
-from hwsearch.errors import HwsearchError, InfeasibleBudgetError, InputError
-from hwsearch.graph.surgery import shrink
+from hwsearch.errors import InfeasibleBudgetError
 from hwsearch.graph.widths import WidthChoice
 from hwsearch.search.baselines import importances, knapsack, magnitude, uniform_choices
 from hwsearch.search.budget import Budget, Limit, MegaMacs
-from hwsearch.search.cafenet import CafeNet, CafeNetConfig, train_supernet
-from hwsearch.search.grid import WidthGrid, Widths
+from hwsearch.search.cafenet import CafeNet, CafeNetConfig
 from hwsearch.search.result import SearchResult
-from hwsearch.search.scoring import Scorer
 from hwsearch.search.stairs import stair_edges
-from hwsearch.search.supernet import SuperNet
-from hwsearch.search.supernet_training import min_min_step
-from hwsearch.search.winner import finish, train_choice
-from hwsearch.train.data import Batch, Examples, Shuffle
-from hwsearch.train.loop import evaluate, settings, train, training_batch
-from hwsearch.train.seeds import generator
-from hwsearch.train.strides import strided_inputs
-from hwsearch.train.task import Classification
-
-# ---------------------------------------------------------------- ranking
-
-
-STRATUM, IN_STRATUM, TRUTH_SEEDS = 0.02, 10, 2
-SUPERNETS: dict[str, dict[str, object]] = {
-    "cafenet r=1": {"offset": 1},
-    "slimmable r=0": {"offset": 0},
-    "cafenet r=2": {"offset": 2},
-    "BCNet": {"sharing": "bilateral"},
-    "cafenet r=1, distilled": {"offset": 1, "distillation": 0.5},
-}
-#: Trained for a share of the whole steps, from the shared weights of CafeNet r=1 or from scratch.
-SHORT = {"inherited, 1/8": (0.125, False), "scratch, 1/4": (0.25, True)}
-
-
-def strata(ready: Ready) -> list[tuple[float, Widths]]:
-    """Widths (10, G) for every share, within 2 % of equal milliseconds, drawn from the stair edges."""
-    found = []
-    for share in ready.setting.shares:
-        budget = ready.budget(share)
-        grid = WidthGrid.of(stair_edges(ready.space, budget).space)
-        rng = np.random.default_rng([7, round(share * 100)])
-        rows = np.unique(grid.sample(200_000, rng), axis=0)
-        use = budget.use(rows)
-        inside = rows[(use <= 1) & (use > 1 - STRATUM)]
-        if len(inside) < IN_STRATUM:
-            raise InputError(f"only {len(inside)} widths lie within 2 % of {share:.0%}: widen the space")
-        found.append((share, inside[rng.choice(len(inside), IN_STRATUM, replace=False)]))
-    return found
-
-
-def ranking(ready: Ready, rows: Rows) -> None:
-    """The truth, seed by seed, then what each super-network says of the same widths."""
-    layers = strata(ready)
-    for seed in range(TRUTH_SEEDS):
-        for share, choices in layers:
-            for widths in choices.tolist():
-                key = ("ranking", ready.name, "alone", share, seed, text(widths))
-                if not rows.has(*key):
-                    alone(ready, rows, key, WidthChoice(tuple(widths)), seed)
-        first, *others = SUPERNETS
-        score(ready, rows, first, seed, layers)
-        for method, (part, scratch) in SHORT.items():
-            for share, choices in layers:
-                for widths in choices.tolist():
-                    key = ("ranking", ready.name, method, share, seed, text(widths))
-                    if not rows.has(*key):
-                        shortly(ready, rows, key, WidthChoice(tuple(widths)), seed, part, scratch)
-        for method in others:
-            score(ready, rows, method, seed, layers)
-
-
-def shortly(
-    ready: Ready, rows: Rows, key: Sequence[object], choice: WidthChoice, seed: int, part: float, scratch: bool
-) -> None:
-    """Held-out loss after a short training, as finalists have it."""
-    task, _ = ready.task(seed)
-    training = ready.training(seed)
-    training = replace(training, steps=max(round(training.total_steps(len(task.train)) * part), 1))
-    if scratch:
-        _, judged = train_choice(ready.model, ready.space, choice, task, training)
-    else:
-        net, scorer = scored(ready, rows, "cafenet r=1", seed)
-        small = net.extract(scorer.pattern(choice), scorer.calibration())
-        _, judged = finish(small, task, training)
-    rows.add(key, nll=judged.loss)
-
-
-def scored(ready: Ready, rows: Rows, method: str, seed: int) -> tuple[SuperNet, Scorer]:
-    """A super-network, trained or read from its checkpoint, and what judges its sub-networks."""
-    task, _ = ready.task(seed)
-    config = ready.supernet(seed, **SUPERNETS[method])
-    space = stair_edges(ready.space, ready.budget(ready.setting.shares[0])).space
-    folder = rows.path.parent / "supernets" / f"{ready.name}-{method.replace(' ', '-')}-{seed}"
-    net = train_supernet(space, ready.model, task, config, folder)
-    return net, Scorer(
-        net, task, config.scoring, config.training, offset=config.offset, bilateral=config.sharing == "bilateral"
-    )
-
-
-def score(ready: Ready, rows: Rows, method: str, seed: int, layers: list[tuple[float, Widths]]) -> None:
-    """Train one super-network and score all strata; the lines are written together at its end."""
-    keys = [
-        ("ranking", ready.name, method, share, seed, text(row)) for share, choices in layers for row in choices.tolist()
-    ]
-    if all(rows.has(*key) for key in keys):
-        return
-    rows.check()
-    _, scorer = scored(ready, rows, method, seed)
-    every = np.concatenate([choices for _, choices in layers])
-    losses = scorer(every)
-    stop, rows.stop = rows.stop, float("inf")
-    for key, loss in zip(keys, losses.tolist(), strict=True):
-        if not rows.has(*key):
-            rows.add(key, nll=loss)
-    rows.stop = stop
-
-
-# ---------------------------------------------------------------- search
+from hwsearch.search.winner import train_choice
+from hwsearch.train.data import Examples
+from hwsearch.train.loop import evaluate, train
 
 
 def search(ready: Ready, rows: Rows, seeds: int, methods: Sequence[str], shares: Sequence[float]) -> None:
@@ -342,9 +227,6 @@ METHODS: dict[str, Callable[[Seed, Rows, str, float], None]] = {
 }
 
 
-# ---------------------------------------------------------------- measuring and reporting
-
-
 def measure_rows(ready: Ready, path: Path, device_name: str) -> None:
     """Measure every network of the file that has no measured line yet; each is a line ``measured`` of its own."""
     rows = Rows(path, float("inf"))
@@ -366,59 +248,7 @@ def report(paths: Sequence[Path]) -> None:
     """Markdown tables of what the files hold."""
     lines = [row for path in paths for row in Rows(path, float("inf")).known.values()]
     for name in dict.fromkeys(row["setting"] for row in lines):
-        for truth in ("accuracy", "nll"):
-            report_ranking([r for r in lines if r["setting"] == name and r["part"] == "ranking"], name, truth)
         report_search([row for row in lines if row["setting"] == name and row["part"] in ("search", "measured")], name)
-
-
-def report_ranking(lines: list[dict[str, str]], name: str, by: str) -> None:
-    """Kendall's tau within strata, its bootstrap interval over widths, and the seeds' own tau; truth is ``by``."""
-    sign = -1.0 if by == "accuracy" else 1.0
-    truth: dict[tuple[str, str], dict[str, float]] = {}
-    said: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
-    macs: dict[tuple[str, str], float] = {}
-    for row in lines:
-        place = (row["share"], row["widths"])
-        table = truth if row["method"] == "alone" else said.setdefault(row["method"], {})
-        table.setdefault(place, {})[row["seed"]] = sign * float(row[by]) if table is truth else float(row["nll"])
-        if row["method"] == "alone":
-            macs[place] = -float(row["note"].split()[0])
-    seeds = sorted({seed for found in truth.values() for seed in found})
-    whole = {place: float(np.mean(list(found.values()))) for place, found in truth.items() if len(found) == len(seeds)}
-    if not whole:
-        return
-    shares = sorted({share for share, _ in whole})
-    print(f"\n{name}: {len(whole)} widths in {len(shares)} strata; truth: test {by}, mean of {len(seeds)} seed(s)\n")
-    print(f"| ranked by | seed | Kendall tau within strata | 90 % interval | {by} lost by its first choice |")
-    print("|---|---|---|---|---|")
-    candidates = {"MACs": {p: {"": m} for p, m in macs.items()}, **said}
-    if len(seeds) > 1:
-        candidates["the other seed, trained alone"] = {p: {"a": truth[p][seeds[0]]} for p in whole}
-    for method, table in candidates.items():
-        other = {p: truth[p][seeds[1]] for p in whole} if method.startswith("the other") else whole
-        for seed in sorted({s for found in table.values() for s in found}):
-            pairs = {p: (table[p][seed], other[p]) for p in whole if seed in table.get(p, {})}
-            if pairs:
-                tau, low, high, regret = strata_tau(pairs, shares)
-                print(f"| {method} | {seed} | {tau:.3f} | {low:.3f} .. {high:.3f} | {regret:.4f} |")
-
-
-def strata_tau(
-    pairs: dict[tuple[str, str], tuple[float, float]], shares: Sequence[str]
-) -> tuple[float, float, float, float]:
-    """Mean over strata of Kendall's tau, 90 % bootstrap interval over widths, mean regret of the one ranked first."""
-    from scipy.stats import kendalltau
-
-    strata_ = [np.array([pair for (share, _), pair in pairs.items() if share == wanted]) for wanted in shares]
-    strata_ = [values for values in strata_ if len(values) > 2]
-    rng = np.random.default_rng(0)
-
-    def tau(parts: list[np.ndarray]) -> float:
-        return float(np.nanmean([kendalltau(part[:, 0], part[:, 1]).statistic for part in parts]))
-
-    draws = [tau([part[rng.integers(0, len(part), len(part))] for part in strata_]) for _ in range(500)]
-    regret = float(np.mean([part[np.argmin(part[:, 0]), 1] - part[:, 1].min() for part in strata_]))
-    return tau(strata_), float(np.quantile(draws, 0.05)), float(np.quantile(draws, 0.95)), regret
 
 
 def report_search(lines: list[dict[str, str]], name: str) -> None:
@@ -466,103 +296,21 @@ def plan(ready: Ready, seeds: int) -> None:
     """What a setting costs before it is started: image passes times MACs, in TMACs."""
     setting, space = ready.setting, ready.space
     full = space.macs(space.full())
-    rng = np.random.default_rng(0)
-    drawn = float(space.macs_array(WidthGrid.of(space).sample(4000, rng)).mean())
     steps = ready.training(0).total_steps(setting.images)
-    supernet = 1e-12 * setting.supernet_steps * setting.batch / 2 * (3 * full + 5 * drawn)
     one = {share: float(np.mean(space.macs_array(rows))) for share, rows in strata(ready)}
     alone_ = {share: 3e-12 * steps * setting.batch * macs for share, macs in one.items()}
     scored_ = {share: 1e-12 * CANDIDATES * (setting.valid + 512) * macs for share, macs in one.items()}
-    truth = TRUTH_SEEDS * IN_STRATUM * sum(alone_.values())
-    short = sum(part for part, _ in SHORT.values()) * truth
-    print(f"{ready.name}: full {full / 1e6:.2f} MMACs, {1e3 * ready.full_ms:.1f} us predicted; TMACs:")
-    nets = TRUTH_SEEDS * len(SUPERNETS) * supernet
-    print(f"  ranking: truth {truth:.2f}, super-networks {nets:.2f}, short {short:.2f}")
+    print(f"{ready.name}: full {full / 1e6:.2f} MMACs, {1e3 * ready.full_ms:.1f} us predicted")
     each = sum(len(METHODS) * alone_[share] + 4 * scored_[share] for share in setting.shares)
     whole = 3e-12 * steps * setting.batch * full
     uniform_ = 3e-12 * steps * setting.batch * sum(space.macs(space.uniform(ratio)) for ratio in UNIFORM)
-    print(f"  search: {seeds * (2 * supernet + whole + uniform_ + each):.2f} with {seeds} seeds")
-
-
-# ---------------------------------------------------------------- the cost of a step
-
-
-STEPS = 60
-
-
-def step_cost(ready: Ready) -> None:
-    """CPU seconds and peak memory of super-network steps against plain steps at the same sampled widths."""
-    task, _ = ready.task(0)
-    training = ready.training(0)
-    shuffle = Shuffle(len(task.train), training.batch_size, 0)
-    print(f"{ready.name}: {STEPS} sampled steps, batch {training.batch_size}, one thread, CPU time\n")
-    print("| step | CPU s | over plain | (m + 3) / 3 | allowed |\n|---|---|---|---|---|")
-    spent: dict[str, list[float]] = {}
-    kinds: dict[str, dict[str, object]] = {
-        "m = 1": {"patterns": 1}, "m = 2": {"patterns": 2}, "m = 4": {"patterns": 4},
-        "m = 2, distilled": {"patterns": 2, "distillation": 0.5},
-    }  # fmt: skip
-    nets = {name: SuperNet(ready.model, ready.space).to(memory_format=torch.channels_last).train() for name in kinds}
-    steps = {
-        name: min_min_step(nets[name], task, ready.supernet(0, full_steps=False, **changes))
-        for name, changes in kinds.items()
-    }
-    with settings(training), ExitStack() as guards:
-        for net in nets.values():
-            guards.enter_context(strided_inputs(net))
-        for number in range(STEPS + 3):
-            batch = training_batch(number, task.train, shuffle, training)
-            choice = ready.space.sample(generator(0, "pattern", number))
-            small = shrink(ready.model, ready.space, choice, check=False).to(memory_format=torch.channels_last).train()
-            guards.enter_context(strided_inputs(small))
-
-            def plain(_: int, batch: Batch, small: nn.Module = small) -> None:
-                task.loss(small(batch[0]), batch).backward()
-
-            for name, step in {"plain": plain, **steps}.items():
-                step(number, batch)  # whoever is first at these widths pays for oneDNN's set-up of them
-                started = time.process_time()
-                step(number, batch)
-                if number >= 3:  # the first ones warm up
-                    spent.setdefault(name, []).append(time.process_time() - started)
-    base = sum(spent["plain"])
-    for name, seconds in spent.items():
-        m = int(kinds[name]["patterns"]) if name in kinds else None  # type: ignore[call-overload]
-        bound = f"{(m + 3) / 3:.2f} | {1.15 * (m + 3) / 3:.2f}" if m else " | "
-        print(f"| {name} | {sum(seconds):.3f} | {sum(seconds) / base:.2f} | {bound} |")
-    memory = {kind: peak_mib(ready, task, kind) for kind in ("plain", "supernet")}
-    print(
-        f"\nPeak memory over 20 steps of training: plain {memory['plain']:.0f} MiB, super-network (m = 2, full steps "
-        f"between) {memory['supernet']:.0f} MiB: {memory['supernet'] / memory['plain']:.2f}"
-    )
-
-
-def peak_mib(ready: Ready, task: Classification, kind: str) -> float:
-    """Peak resident memory of 20 steps in a process of its own, forked after everything was loaded."""
-    import os
-    import resource
-
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        training = replace(ready.training(0), steps=20)
-        if kind == "plain":
-            train(copy.deepcopy(ready.model), task, training)
-        else:
-            train_supernet(ready.space, ready.model, task, replace(ready.supernet(0), training=training))
-        os.write(writer, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    os.close(writer)
-    return float(os.read(reader, 64).decode())
-
-
-# ---------------------------------------------------------------- the command line
+    total = seeds * (2 * ready.supernet_tmacs() + whole + uniform_ + each)
+    print(f"{total:.2f} TMACs with {seeds} seeds")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("plan", "ranking", "search", "step", "measure", "report"))
+    parser.add_argument("part", choices=("plan", "search", "measure", "report"))
     parser.add_argument("--device", default="x86-ort-1t", help="its predictor prices the widths")
     parser.add_argument("--setting", default="resnet-14", choices=list(SETTINGS))
     parser.add_argument("--output", type=Path, nargs="+", default=[Path("build/search.csv")])
@@ -573,26 +321,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the line that ends later")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        if asked.part == "report":
-            report(asked.output)
-            return 0
-        prepared = ready(asked.setting, asked.device)
-        if asked.part == "plan":
-            plan(prepared, asked.seeds)
-        elif asked.part == "step":
-            step_cost(prepared)
-        elif asked.part == "measure":
-            measure_rows(prepared, asked.output[0], asked.device)
-        elif asked.part == "ranking":
-            ranking(prepared, Rows(asked.output[0], asked.seconds))
-        else:
-            search(prepared, Rows(asked.output[0], asked.seconds), asked.seeds, asked.method, asked.share)
-    except HwsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if asked.part == "report":
+        report(asked.output)
+        return 0
+    prepared = ready(asked.setting, asked.device)
+    if asked.part == "plan":
+        plan(prepared, asked.seeds)
+    elif asked.part == "measure":
+        measure_rows(prepared, asked.output[0], asked.device)
+    else:
+        search(prepared, Rows(asked.output[0], asked.seconds), asked.seeds, asked.method, asked.share)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

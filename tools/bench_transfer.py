@@ -30,8 +30,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from ending import leave
 
-from hwsearch.errors import HwsearchError, InputError
+from hwsearch.errors import InputError
 from hwsearch.latency.gpu_convolutions import GpuConvolutions, GpuSpec, other_devices
 from hwsearch.latency.transfer_architectures import ArchitectureTransfer
 
@@ -366,21 +367,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further repeat after this long")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     options = parser.parse_args(arguments)
-    try:
-        if options.bench in ("help", "neusight") and options.data is None:
-            raise InputError("the data folder is not given; use --data or $HWSEARCH_DATA")
-        finished = True
-        if options.bench == "help":
-            finished = measure("help", bench_help(options.data, options.repeats or 30), options.output, options.seconds)
-        elif options.bench == "neusight":
-            jobs = bench_neusight(options.data, options.repeats or 5)
-            finished = measure("neusight", jobs, options.output, options.seconds)
-        elif options.bench == "networks":
-            finished = measure("networks", bench_networks(options.repeats or 3), options.output, options.seconds)
-        found = summary(read_rows(options.output))
-    except HwsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if options.bench in ("help", "neusight") and options.data is None:
+        raise InputError("the data folder is not given; use --data or $HWSEARCH_DATA")
+    finished = True
+    if options.bench == "help":
+        finished = measure("help", bench_help(options.data, options.repeats or 30), options.output, options.seconds)
+    elif options.bench == "neusight":
+        jobs = bench_neusight(options.data, options.repeats or 5)
+        finished = measure("neusight", jobs, options.output, options.seconds)
+    elif options.bench == "networks":
+        finished = measure("networks", bench_networks(options.repeats or 3), options.output, options.seconds)
+    found = summary(read_rows(options.output))
     print(json.dumps(found, indent=1) if options.json else table(found))
     if not finished:
         print("the time was up: run the same command again to go on", file=sys.stderr)
@@ -388,4 +385,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -22,7 +22,6 @@ import copy
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
 import warnings
@@ -33,13 +32,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ending import leave
 from torch import Tensor, nn
 
 from hwsearch.console import Console
 from hwsearch.device.lock import timing_lock
 from hwsearch.device.session import DeviceSession, open_session
 from hwsearch.device.spec import Device
-from hwsearch.errors import HwsearchError, InputError
+from hwsearch.errors import InputError
 from hwsearch.graph.onnx_build import OnnxTemplate
 from hwsearch.graph.widths import WidthChoice, WidthSpace
 from hwsearch.latency.lowering import Lowering
@@ -261,18 +261,14 @@ def main() -> int:
     console = Console()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", OutOfRangeWarning)
-    try:
-        device = Device.load(asked.device)
-        with open_session(device) as session:
-            predictor = predictor_of(device, console)
-            results = [
-                bench(model, quantum, session, predictor, asked, console)
-                for model in asked.model or MODELS
-                for quantum in asked.quantum or (1, 4, 8)
-            ]
-    except HwsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = Device.load(asked.device)
+    with open_session(device) as session:
+        predictor = predictor_of(device, console)
+        results = [
+            bench(model, quantum, session, predictor, asked, console)
+            for model in asked.model or MODELS
+            for quantum in asked.quantum or (1, 4, 8)
+        ]
     versions = {name: version(name) for name in ("numpy", "onnxruntime", "torch")}
     versions["python"] = platform.python_version()
     if asked.json:
@@ -289,4 +285,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

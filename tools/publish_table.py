@@ -12,14 +12,14 @@ writes ``devices/NAME.toml`` and ``latency_tables/NAME/`` (table, device check, 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
+
+from ending import leave
 
 from hwsearch.console import Console
 from hwsearch.device.check import DeviceCheck
 from hwsearch.device.spec import Device
-from hwsearch.errors import HwsearchError
 from hwsearch.latency.table import LatencyTable
 from hwsearch.preparation import fit_table
 
@@ -54,7 +54,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except HwsearchError as error:
-        sys.exit(f"publish_table: error: {error}")
+    leave(main)

@@ -111,6 +111,12 @@ class Ready:
         )
         return CafeNetConfig(training=training, scoring=ScoringConfig(images=None), **changes)  # type: ignore[arg-type]
 
+    def supernet_tmacs(self) -> float:
+        """Image passes times MACs of that training, about: every other step the full network, else two patterns."""
+        drawn = WidthGrid.of(self.space).sample(4000, np.random.default_rng(0))
+        full, mean = self.space.macs(self.space.full()), float(self.space.macs_array(drawn).mean())
+        return 1e-12 * self.setting.supernet_steps * self.setting.batch / 2 * (3 * full + 5 * mean)
+
 
 def smaller(examples: TensorExamples, side: int) -> TensorExamples:
     """Images averaged down to ``side`` pixels a side."""

@@ -83,14 +83,22 @@ def test_every_network_is_a_line_and_the_table_tells_them(
     before = (tmp_path / "mgas.csv").read_bytes()
     tool.search(tiny, rows, 1, ["random"], [0.6])
     assert (tmp_path / "mgas.csv").read_bytes() == before
-    for phase, (mb, seconds) in enumerate([(50.0, 1.0), (60.0, 2.0)]):
-        note = {"number": phase, "mb": mb, "seconds": seconds, "steps": 10, "resident_mb": 100}
-        rows.add(("memory", tool.NAME, "3 stages", "", phase, ""), note=json.dumps(note))
-    whole = {"number": 0, "mb": 120.0, "seconds": 3.0, "steps": 20, "resident_mb": 200}
-    rows.add(("memory", tool.NAME, "1 stages", "", 0, ""), note=json.dumps(whole))
     capsys.readouterr()
     tool.report(tmp_path / "mgas.csv")
     told = capsys.readouterr().out
     assert "| 0.6 | random | 1 |" in told
     assert "| 0.6 | single path | 1 |" in told
-    assert "staged over whole: memory 0.500, seconds a step 0.500" in told
+
+
+def test_memory_of_stages_is_told_over_that_of_the_whole(
+    load_tool: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = load_tool("bench_mgas_memory")
+    rows = tool.Rows(tmp_path / "memory.csv", float("inf"))
+    for phase, (mb, seconds) in enumerate([(50.0, 1.0), (60.0, 2.0)]):
+        note = {"number": phase, "mb": mb, "seconds": seconds, "steps": 10, "resident_mb": 100}
+        rows.add(("memory", tool.NAME, "3 stages", "", phase, ""), note=json.dumps(note))
+    whole = {"number": 0, "mb": 120.0, "seconds": 3.0, "steps": 20, "resident_mb": 200}
+    rows.add(("memory", tool.NAME, "1 stages", "", 0, ""), note=json.dumps(whole))
+    tool.report(tmp_path / "memory.csv")
+    assert "staged over whole: memory 0.500, seconds a step 0.500" in capsys.readouterr().out
