@@ -30,7 +30,7 @@ from hwsearch.search.floor import fastest_above, front
 from hwsearch.search.grid import WidthGrid, Widths
 from hwsearch.search.result import SearchResult
 from hwsearch.search.scoring import Scorer
-from hwsearch.search.searcher import Searcher, full_model, limit_outcomes, plain_settings
+from hwsearch.search.searcher import Searcher, full_model, plain_settings
 from hwsearch.search.settle import Settled, measured_once, settle
 from hwsearch.search.supernet import SuperNet
 from hwsearch.search.supernet_training import min_min_step, train_supernet
@@ -126,28 +126,12 @@ class CafeNet(Searcher):
         choice = settled.candidate.choice
         run.event("settled", widths=choice.widths, measured_ms=settled.measured_ms)
         model, evaluation, starts = job.winner(choice)
-        return SearchResult(
-            method=self.method,
-            seed=self.seed,
-            groups=tuple(group.name for group in self.space.groups),
-            choice=choice,
-            limits=limit_outcomes(self.budget, settled.candidate, settled),
-            loss=settled.candidate.loss,
-            metric=evaluation.metric,
-            macs=self.space.macs(choice),
-            parameters=self.space.parameters(choice),
-            candidates=tuple(candidates),
-            extra={
-                "metric_name": task.metric_name,
-                "winner_loss": evaluation.loss,
-                "within_band": settled.within,
-                "log10_space": self.space.log10_size,
-                "log10_searched": space.log10_size,
-                "finalists": [{"widths": list(key), "loss": loss} for key, loss in sorted(job.finalists.known.items())],
-                "starts": starts,
-            },
-            model=model,
-        )
+        extra = {
+            "log10_searched": space.log10_size,
+            "finalists": [{"widths": list(key), "loss": loss} for key, loss in sorted(job.finalists.known.items())],
+            "starts": starts,
+        }
+        return self._result(settled, candidates, (model, evaluation), task, extra)
 
 
 class _Job:

@@ -34,7 +34,7 @@ from hwsearch.search.conetv2_config import ConetConfig
 from hwsearch.search.conetv2_rules import Annealed, Published, Rule
 from hwsearch.search.evolution import Candidate
 from hwsearch.search.result import SearchResult
-from hwsearch.search.searcher import Searcher, full_model, limit_outcomes, plain_settings
+from hwsearch.search.searcher import Searcher, full_model, plain_settings
 from hwsearch.search.settle import Settled, settle
 from hwsearch.search.stairs import stair_edges
 from hwsearch.search.transfer import carry_over
@@ -111,28 +111,12 @@ class ConetV2(Searcher):
         run.event("settled", widths=settled.candidate.choice.widths, measured_ms=settled.measured_ms)
         choice = settled.candidate.choice
         model, evaluation = self._winner(run, space, last, trials[-1].choice, choice, task, progress)
-        return SearchResult(
-            method=self.method,
-            seed=self.seed,
-            groups=tuple(group.name for group in self.space.groups),
-            choice=choice,
-            limits=limit_outcomes(self.budget, settled.candidate, settled),
-            loss=settled.candidate.loss,
-            metric=evaluation.metric,
-            macs=self.space.macs(choice),
-            parameters=self.space.parameters(choice),
-            candidates=tuple(candidates),
-            extra={
-                "accept": self.config.accept,
-                "metric_name": task.metric_name,
-                "winner_loss": evaluation.loss,
-                "within_band": settled.within,
-                "trials": [{"widths": list(t.choice.widths), "quality": t.mean(self.config.guard)} for t in trials],
-                "log10_space": self.space.log10_size,
-                "log10_searched": space.log10_size,
-            },
-            model=model,
-        )
+        extra = {
+            "accept": self.config.accept,
+            "trials": [{"widths": list(t.choice.widths), "quality": t.mean(self.config.guard)} for t in trials],
+            "log10_searched": space.log10_size,
+        }
+        return self._result(settled, candidates, (model, evaluation), task, extra)
 
     def _trials(
         self, run: RunFolder, space: WidthSpace, rule: Rule, task: Task, progress: Progress | None

@@ -32,7 +32,7 @@ from hwsearch.search.pas_cost import BudgetTerm, PolynomialSurrogate
 from hwsearch.search.pas_gates import GatedNet
 from hwsearch.search.pas_masks import START, THRESHOLD, MaskedNet, unmaskable
 from hwsearch.search.result import SearchResult
-from hwsearch.search.searcher import Searcher, full_model, limit_outcomes, plain_settings
+from hwsearch.search.searcher import Searcher, full_model, plain_settings
 from hwsearch.search.settle import Settled, settle
 from hwsearch.search.stairs import stair_edges
 from hwsearch.search.winner import finish, train_choice
@@ -106,30 +106,14 @@ class PaS(Searcher):
         run.event("settled", widths=choice.widths, measured_ms=settled.measured_ms)
         kept = job.net.largest(choice)
         model, evaluation = job.winner(choice)
-        return SearchResult(
-            method=self.method,
-            seed=self.seed,
-            groups=tuple(group.name for group in self.space.groups),
-            choice=choice,
-            limits=limit_outcomes(self.budget, settled.candidate, settled),
-            loss=settled.candidate.loss,
-            metric=evaluation.metric,
-            macs=self.space.macs(choice),
-            parameters=self.space.parameters(choice),
-            candidates=tuple(candidates),
-            extra={
-                "cost": self.config.cost,
-                "metric_name": task.metric_name,
-                "winner_loss": evaluation.loss,
-                "within_band": settled.within,
-                "trajectory": job.trajectory(),
-                "kept_units": {name: units.tolist() for name, units in kept.items()},
-                "fixed_groups": sorted(full),
-                "log10_space": self.space.log10_size,
-                "log10_searched": space.log10_size,
-            },
-            model=model,
-        )
+        extra = {
+            "cost": self.config.cost,
+            "trajectory": job.trajectory(),
+            "kept_units": {name: units.tolist() for name, units in kept.items()},
+            "fixed_groups": sorted(full),
+            "log10_searched": space.log10_size,
+        }
+        return self._result(settled, candidates, (model, evaluation), task, extra)
 
 
 class Steered(nn.Module):

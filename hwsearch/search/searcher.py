@@ -10,7 +10,7 @@ import contextlib
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hwsearch.graph.widths import WidthSpace
     from hwsearch.search.budget import Budget
     from hwsearch.search.settle import Settled
+    from hwsearch.train.task import Evaluation, Task
 
 INTERVAL_LEVEL = 0.9  # two-sided level of the interval that results report
 
@@ -101,6 +102,37 @@ class Searcher(ABC):
                 result.save(run.result_path)
             run.event("search_finished", method=self.method, measured_ms=result.measured_ms)
         return result
+
+    def _result(
+        self,
+        settled: Settled,
+        candidates: Sequence[Candidate],
+        winner: tuple[nn.Module, Evaluation],
+        task: Task,
+        extra: Mapping[str, Any],
+    ) -> SearchResult:
+        """The result of widths that were settled on, and of the network of these widths, trained and judged."""
+        choice, (model, evaluation) = settled.candidate.choice, winner
+        return SearchResult(
+            method=self.method,
+            seed=self.seed,
+            groups=tuple(group.name for group in self.space.groups),
+            choice=choice,
+            limits=limit_outcomes(self.budget, settled.candidate, settled),
+            loss=settled.candidate.loss,
+            metric=evaluation.metric,
+            macs=self.space.macs(choice),
+            parameters=self.space.parameters(choice),
+            candidates=tuple(candidates),
+            extra={
+                "metric_name": task.metric_name,
+                "winner_loss": evaluation.loss,
+                "within_band": settled.within,
+                "log10_space": self.space.log10_size,
+                **extra,
+            },
+            model=model,
+        )
 
     def _check(self) -> None:
         """Refuse a budget that nothing can keep, before anything is trained."""
