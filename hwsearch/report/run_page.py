@@ -30,6 +30,7 @@ from hwsearch.report.provenance_section import provenance_section
 from hwsearch.report.quality_section import quality_section
 from hwsearch.report.run_data import Row, RunData
 from hwsearch.report.space_section import space_section
+from hwsearch.report.values import word
 
 #: Kinds of kernels, as ``hwsearch.graph.kernel`` calls them.
 KINDS = {
@@ -102,7 +103,8 @@ def hero(run: RunData) -> str:
         title = f"{run.name}: this run has no result yet"
     words = []
     if run.answer is not run.found:
-        words.append("Uniform scaling is delivered: on held-out images it is better than what was found.")
+        why = word(run.summary.get("why_delivered"), "another network than the found one is delivered")
+        words.append(f"{why[:1].upper()}{why[1:]}.")
     if time is not None and budget is not None:
         words.append(f"{percent(time / budget)} of the budget is used.")
     if found and full and full.best_ms and (own := time or found.best_ms):
@@ -215,7 +217,7 @@ def race(run: RunData) -> str:
 
     lines = []
     for row in timed:
-        kind = {"found": "found", "uniform": "uniform"}.get(row.name.lower().split()[0], "") if row.name.split() else ""
+        kind = "uniform" if row.name.lower().startswith("uniform") else ""
         kind = "found" if row is run.answer else kind
         time = row.best_ms or 0.0
         guess = " guess" if row.measured_ms is None else ""
