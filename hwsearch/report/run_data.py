@@ -167,6 +167,11 @@ class RunData:
         return self.row(word(self.summary.get("delivered"), "found")) or self.found
 
     @property
+    def why_answer(self) -> str:
+        """Why that is not the found network."""
+        return word(self.summary.get("why_delivered"), "another network than the found one is delivered")
+
+    @property
     def full(self) -> Row | None:
         """The network at full width."""
         row = self.row("full") or self.row("full width")

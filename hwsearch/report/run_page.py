@@ -30,7 +30,6 @@ from hwsearch.report.provenance_section import provenance_section
 from hwsearch.report.quality_section import quality_section
 from hwsearch.report.run_data import Row, RunData
 from hwsearch.report.space_section import space_section
-from hwsearch.report.values import word
 
 #: Kinds of kernels, as ``hwsearch.graph.kernel`` calls them.
 KINDS = {
@@ -103,8 +102,7 @@ def hero(run: RunData) -> str:
         title = f"{run.name}: this run has no result yet"
     words = []
     if run.answer is not run.found:
-        why = word(run.summary.get("why_delivered"), "another network than the found one is delivered")
-        words.append(f"{why[:1].upper()}{why[1:]}.")
+        words.append(f"{run.why_answer[:1].upper()}{run.why_answer[1:]}.")
     if time is not None and budget is not None:
         words.append(f"{percent(time / budget)} of the budget is used.")
     if found and full and full.best_ms and (own := time or found.best_ms):

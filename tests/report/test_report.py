@@ -273,6 +273,15 @@ def test_a_metric_that_is_no_accuracy(run_folder: Path) -> None:
     assert "%" not in text[text.index("PSNR 30.9") :][:20]
 
 
+def test_uniform_scaling_where_that_is_delivered(run_folder: Path) -> None:
+    change(run_folder / "summary.json", lambda s: s.update(delivered="uniform", why_delivered="it is better by a hair"))
+    page, outline = read(report(run_folder))
+    assert "It is better by a hair." in outline.text[: outline.text.index("Comparison")]
+    assert "(90.52 %)" in outline.text[: outline.text.index("Comparison")]
+    assert '<div class="row found"><span class="name" title="uniform">' in page
+    assert '<div class="row found"><span class="name" title="found">' not in page
+
+
 def test_thousands_of_candidates_are_thinned(run_folder: Path) -> None:
     change(run_folder / "result.json", lambda r: r.update(candidates=r["candidates"] * 50))
     page, outline = read(report(run_folder))
