@@ -144,7 +144,6 @@ def test_filters_are_searched_deployed_and_verified(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (tmp_path / "runs/filters/events.jsonl").read_text().splitlines()]
     committed = [event for event in events if event["event"] == "committed"]
     assert committed[-1]["predicted_ms"][0] <= limit["max_ms"] < committed[0]["predicted_ms"][0]
-    assert "Cells" not in (tmp_path / "runs/filters/report.html").read_text()
     assert outcome["delivered"] == "found"
     assert result["extra"]["weights"]["parameters"] <= 8000 < result["parameters"]
     packed = (tmp_path / "runs/filters/model.packed").read_bytes()

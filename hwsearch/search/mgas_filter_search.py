@@ -151,6 +151,7 @@ class FilterSearch:
         else:
             cost, use = self.penalty()
             (loss + float(control[0]) * cost).backward()  # type: ignore[no-untyped-call]
+            self._even()
             self.net.observe()
             gain = self.config.rate / max(phase.steps - phase.warm, 1) * (use / self.target(number) - 1)
             control[0] = max(float(control[0]) + gain, 0.0)
@@ -162,6 +163,15 @@ class FilterSearch:
             row = [number + 1, self.worth().use, self.target(number), float(control[0]), float(loss.detach())]
             self.filters.path[place] = torch.tensor([*row, *self.net.alive()], dtype=torch.float64)
         return loss.detach()
+
+    @torch.no_grad()
+    def _even(self) -> None:
+        """A threshold's gradient is the mean over its living units (times the mean size of all groups), not their sum:
+        wide groups would fall first whatever a filter of theirs costs."""
+        sizes = [len(gate) for _, gate in self.net.searched()]
+        for _, gate in self.net.searched():
+            if gate.threshold.grad is not None:
+                gate.threshold.grad.mul_(float(np.mean(sizes)) / float(gate.alive.sum()))
 
     def penalty(self) -> tuple[Tensor, float]:
         """What the loss counts: shares of the network's milliseconds, about 1 while everything is on; and the use of

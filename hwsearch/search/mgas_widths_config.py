@@ -48,7 +48,7 @@ class FilterConfig:
     score_rate: float = 1.0
     threshold_rate: float = 0.1
     gate_momentum: float = 0.9
-    rate: float = 20.0
+    rate: float = 5.0
     threshold_weight: float = 0.0
     clip: float = 5.0
     aim: float = 0.99

@@ -17,7 +17,7 @@ from hwsearch.graph.widths import WidthSpace
 from hwsearch.search.budget import Budget, Limit
 from hwsearch.search.grid import WidthGrid
 from hwsearch.search.mgas_config import Phase
-from hwsearch.search.mgas_filter_search import Filters, FilterSearch, filter_worth
+from hwsearch.search.mgas_filter_search import Filters, FilterSearch, FilterWorth, filter_worth
 from hwsearch.search.mgas_filters import FilterNet
 from hwsearch.search.mgas_weight_search import size_of
 from hwsearch.search.mgas_weights_config import WeightConfig
@@ -226,6 +226,18 @@ def test_weights_learn_alone_first_and_the_multiplier_follows_the_target(case: A
     search._worth = None
     search.step(6, batch)
     assert float(control[0]) == 0.0, "never below 0"
+
+
+def test_a_threshold_hears_the_mean_of_its_living_filters_whatever_the_width(case: Any, toy: Any) -> None:
+    search = searching(case, toy)
+    net = search.net
+    net.gate(2).close([0, 1, 2, 3])
+    search._worth = (net.alive(), FilterWorth(1.0, np.asarray([0.01, 0.01, 0.02])))
+    search.penalty()[0].backward()  # type: ignore[no-untyped-call]
+    search._even()
+    found = [float(gate.threshold.grad) for _, gate in net.searched()]  # type: ignore[arg-type]
+    mean = (12 + 16 + 16) / 3
+    assert found == pytest.approx([-0.4 * 0.01 * mean, -0.4 * 0.01 * mean, -0.4 * 0.02 * mean])
 
 
 def test_a_commit_takes_what_fell_furthest_and_no_more_than_the_target_needs(case: Any, toy: Any) -> None:
