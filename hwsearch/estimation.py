@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from hwsearch.latency.stairs import StairCurve
 
 Told = Callable[[int, int, str], None]
+
+#: Rows of a table that a person would still read.
+_MOST_ROWS = 250
+#: For stair edges the runtime lowers a thousand networks or so of the width space: minutes, where it has more groups.
+_MOST_GROUPS = 250
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,16 @@ class Estimate:
         if self.explanation is not None:
             show_explanation(console, title, self.explanation)
         else:
+            total = sum(found.kernel_ms)
             rows = [
-                [_node(k), k.family, f"{ms:.4g}", f"{100 * ms / sum(found.kernel_ms):.1f}"]
+                [_node(k), k.family, f"{ms:.4g}", f"{100 * ms / total:.1f}"]
                 for k, ms in zip(self.kernels, found.kernel_ms, strict=True)
             ]
-            console.table(title, ["kernel", "family", "ms", "% of all"], rows)
-        for line in found.unknown:
+            _show_rows(console, title, ["kernel", "family", "ms", "% of all"], rows, found.kernel_ms)
+        for line in found.unknown[:_MOST_ROWS]:
             console.show(f"guessed: {line}")
+        if len(found.unknown) > _MOST_ROWS:
+            console.show(f"guessed: {len(found.unknown) - _MOST_ROWS} more; --json lists all")
         console.show(
             f"predicted {found.ms:.4g} ms (90 % interval {found.low_ms:.4g} to {found.high_ms:.4g}), "
             f"single runs within {found.p90_ms:.4g} ms in 90 %, coverage {100 * found.coverage:.1f} %"
@@ -230,6 +238,10 @@ def _space_of(argument: ModelArgument) -> tuple[OnnxTemplate, WidthChoice]:
         raise InputError("an ONNX file has no width space")
     module, example, widths = argument.full_module(), argument.example_input, argument.widths
     space = WidthSpace.from_model(module, example)
+    if len(space.groups) > _MOST_GROUPS:
+        raise InputError(
+            f"the model has {len(space.groups)} width groups; edges are looked for in up to {_MOST_GROUPS}"
+        )
     names = [group.name for group in space.groups]
     if not widths:
         choice = space.full()
@@ -255,15 +267,27 @@ def show_explanation(console: Console, title: str, found: Explanation) -> None:
             channels += f" as {layer.runs_as}"
         row = [layer.name, _kernels(layer), f"{layer.ms:.4g}", f"{100 * layer.share:.1f}", layer.bound, channels]
         rows.append(row + (_edge_cells(layer.stair) if found.stairs else []))
+    costs = [layer.ms for layer in found.layers]
     if found.overhead_ms > 0:
         rest = ["the network itself", "", f"{found.overhead_ms:.4g}", f"{100 * found.overhead_ms / found.ms:.1f}"]
         rows.append([*rest, "overhead", *([""] * (len(columns) - 5))])
-    console.table(title, columns, rows)
+        costs.append(found.overhead_ms)
+    _show_rows(console, title, columns, rows, costs)
     if found.note:
         console.show(found.note)
     console.show("Why it is not faster:")
     for reason in found.reasons:
         console.show(f"  {reason}")
+
+
+def _show_rows(console: Console, title: str, columns: list[str], rows: list[list[str]], costs: Sequence[float]) -> None:
+    """A table of what takes ``costs`` milliseconds; of a very deep network its dearest rows alone, in their order."""
+    dearest = sorted(range(len(rows)), key=lambda at: -costs[at])
+    console.table(title, columns, [rows[at] for at in sorted(dearest[:_MOST_ROWS])])
+    if rest := dearest[_MOST_ROWS:]:
+        console.show(
+            f"{len(rest)} more, cheaper each, take {sum(costs[at] for at in rest):.4g} ms together; --json lists all"
+        )
 
 
 def _edge_cells(stair: StairCurve | None) -> list[str]:

@@ -11,11 +11,14 @@ import copy
 import math
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hwsearch.errors import InputError, UnsupportedModelError
+from hwsearch.graph.depth import check_depth, counted
 
 if TYPE_CHECKING:
     from torch import Tensor, fx, nn
@@ -75,10 +78,23 @@ class Network:
 
     def tensor_name(self, node: object) -> str | None:
         """The canonical parameter or buffer behind a graph node, or None when the node is not one."""
-        signature = self.program.graph_signature
-        key = getattr(node, "name", None)
-        name = signature.inputs_to_parameters.get(key) or signature.inputs_to_buffers.get(key)  # type: ignore[arg-type]
+        name = self._tensor_of.get(getattr(node, "name", ""))
         return None if name is None else self.aliases.get(name, name)
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, ...]]:
+        """Places in ``layers`` by the weight that a layer has, and by its name with a dot behind."""
+        found: dict[str, list[int]] = {}
+        for place, layer in enumerate(self.layers):
+            for key in (f"{layer.name}.", *([] if layer.weight is None else [layer.weight])):
+                found.setdefault(key, []).append(place)
+        return {key: tuple(places) for key, places in found.items()}
+
+    @cached_property
+    def _tensor_of(self) -> dict[str, str]:
+        """Parameters and buffers by graph node: the signature makes such a table anew whenever it is asked."""
+        signature = self.program.graph_signature
+        return {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
 
 
 def capture(model: nn.Module, example_input: Tensor) -> Network:
@@ -90,7 +106,8 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
 
     Raises:
         InputError: the arguments are not a module and a tensor.
-        UnsupportedModelError: the forward fails on this shape, or ``torch.export`` cannot follow it.
+        UnsupportedModelError: the forward fails on this shape, or ``torch.export`` cannot follow it, or it is too deep
+            for that.
 
     Example:
         >>> network = capture(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 10, 10))
@@ -107,7 +124,9 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
             "models with several inputs are not supported yet"
         )
     with evaluation_mode(model):
-        try_forward(model, example_input)
+        with counted() as calls:
+            try_forward(model, example_input)
+        check_depth(model, calls.number)
         try:
             if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
                 model = copy.deepcopy(model)  # export marks gradients, which such tensors refuse
@@ -278,9 +297,9 @@ def _einsum_macs(node: fx.Node) -> int:
 
 def _weight_name(network: Network, node: Any) -> str | None:
     """The parameter that a weight operand is, or is computed from without a change of shape; None for an activation."""
-    seen, queue = set(), [node]
+    seen, queue = set(), deque([node])
     while queue:
-        found = queue.pop(0)
+        found = queue.popleft()
         name = network.tensor_name(found)
         if name is not None and network.shapes[name] == node_shape(node):
             return name

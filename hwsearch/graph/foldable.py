@@ -85,7 +85,7 @@ def with_folded(
     groups: Iterable[WidthGroup], network: Network, blocks: dict[str, FoldingBlock]
 ) -> tuple[WidthGroup, ...]:
     """The groups with a slot for every axis of the folded layers as well, named after these."""
-    from hwsearch.graph.groups import Slot, touches
+    from hwsearch.graph.groups import Slot, touched_layers
 
     twins: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for name, block in blocks.items():
@@ -107,7 +107,7 @@ def with_folded(
             number += 1
             name = f"{stem}#{number}"
         names.add(name)
-        layers = tuple(dict.fromkeys(layer.name for layer in network.layers if touches(layer, touched)))
+        layers = touched_layers(network, touched)
         found.append(replace(group, name=name, slots=slots, layers=layers))
     return tuple(found)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hwsearch.errors import InputError
 
 if TYPE_CHECKING:
-    from hwsearch.graph.capture import Layer, Network
+    from hwsearch.graph.capture import Network
     from hwsearch.graph.dependencies import Unit
 
 IntArray = NDArray[np.int64]
@@ -87,10 +87,10 @@ def make_group(
         for (name, axis), positions in zip(unit.slots, unit.positions, strict=True)
     )
     touched = {slot.parameter for slot in slots}
-    layers = dict.fromkeys(layer.name for layer in network.layers if touches(layer, touched))
+    layers = touched_layers(network, touched)
     first = next((slot.parameter for slot in slots if not slot.reads), slots[0].parameter)
     units = int(slots[0].positions.shape[0])
-    group = WidthGroup(first.rpartition(".")[0] or first, units, 1, 1, slots, tuple(layers), (units,), unit.neutral)
+    group = WidthGroup(first.rpartition(".")[0] or first, units, 1, 1, slots, layers, (units,), unit.neutral)
     return group.with_widths(quantum, minimum)
 
 
@@ -107,6 +107,10 @@ def check_settings(quantum: int, minimum: int | float | None) -> None:
     raise InputError(f"minimum must be a number of units (1 or more) or a share in (0, 1], got {minimum!r}")
 
 
-def touches(layer: Layer, parameters: set[str]) -> bool:
-    """Whether a layer owns, or has beside its weight, one of these parameters."""
-    return layer.weight in parameters or any(name.rpartition(".")[0] == layer.name for name in parameters)
+def touched_layers(network: Network, parameters: Iterable[str]) -> tuple[str, ...]:
+    """The layers that own, or have beside their weight, one of these parameters: each once, in execution order."""
+    found: set[int] = set()
+    for name in parameters:
+        found.update(network.places.get(name, ()))
+        found.update(network.places.get(f"{name.rpartition('.')[0]}.", ()))
+    return tuple(dict.fromkeys(network.layers[place].name for place in sorted(found)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hwsearch.errors import UnsupportedModelError
 from hwsearch.graph.capture import evaluation_mode, first_line, try_forward
+from hwsearch.graph.depth import check_depth, counted
 from hwsearch.graph.surgery import named_tensors
 
 if TYPE_CHECKING:
@@ -30,13 +31,16 @@ def export_onnx(model: nn.Module, example_input: Tensor) -> bytes:
         example_input: tensor of the shape to export for.
 
     Raises:
-        UnsupportedModelError: the forward fails, the exporter cannot translate it, or it is above 2 GB.
+        UnsupportedModelError: the forward fails, the exporter cannot translate it, it is too deep for it, or above
+            2 GB.
     """
     import torch
 
     example_input = _plain(example_input)
     with evaluation_mode(model), _plain_layout(model):
-        output = try_forward(model, example_input)
+        with counted() as calls:
+            output = try_forward(model, example_input)
+        check_depth(model, calls.number)
         if not isinstance(output, torch.Tensor):
             raise UnsupportedModelError(
                 f"{type(model).__name__} returns {type(output).__name__}; return one tensor to export to ONNX"

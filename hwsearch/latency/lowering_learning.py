@@ -11,10 +11,11 @@ show among uniform widths. All classes occur among narrow widths, and narrow net
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -84,6 +85,8 @@ class _Learner:
         self.known: set[tuple[int, ...]] = set()
         self.rivals: list[tuple[Rule, ...]] = []
         self.size = math.prod(len(group.widths) for group in space.groups)
+        self.widths = [np.asarray(group.widths, dtype=np.int64) for group in space.groups]
+        self.narrow = [_narrow_classes(group.widths) for group in space.groups]
         session = lowering.session
         groups = tuple((group.name, group.widths) for group in space.groups)
         self.template = LoweringTemplate(
@@ -149,19 +152,17 @@ class _Learner:
     def _random(self, kind: int) -> tuple[int, ...]:
         rng = self.rng
         if kind < 2:  # uniform
-            return tuple(int(rng.choice(group.widths)) for group in self.space.groups)
+            return tuple(int(rng.choice(widths)) for widths in self.widths)
         # Mostly round widths, with a share of groups (none up to all) at any class.
         share = rng.choice([0.0, 0.1, 0.25, 0.5, 1.0])
         row = []
-        for group in self.space.groups:
-            widths = _narrow(group.widths)
-            if kind == 5:  # where small widths matter
-                widths = widths[: max(1, -(-len(widths) // 3))]
-            powers = _powers(widths)
-            level = rng.choice(np.unique(powers)) if rng.random() < share else powers.max(initial=0) - rng.integers(2)
-            options = widths[powers == level] if (powers == level).any() else widths[powers == powers.max()]
+        for few, every in self.narrow:
+            found = few if kind == 5 else every  # where small widths matter
+            widths, powers, top = found.widths, found.powers, found.top
+            level = rng.choice(found.levels) if rng.random() < share else top - rng.integers(2)
+            options = widths[powers == level] if (powers == level).any() else widths[powers == top]
             if rng.random() < 0.5:  # the roundest widths are few: take those at least as round
-                options = widths[powers >= min(level, powers.max())]
+                options = widths[powers >= min(level, top)]
             row.append(int(rng.choice(options)))
         return tuple(row)
 
@@ -234,13 +235,31 @@ def usual_questions(slots: Iterable[Slot]) -> Counter[tuple[int, int]]:
     return found
 
 
-def _narrow(widths: Sequence[int]) -> Ints:
-    """The narrow ones of a group's widths, at least two."""
+@dataclass(frozen=True, eq=False)
+class _Classes:
+    """Some widths of a group, how often two divides each (``powers``), which such ``levels`` there are, and the ``top``
+    one."""
+
+    widths: Ints
+    powers: Ints
+    levels: Ints
+    top: int
+
+    @classmethod
+    def of(cls, widths: Ints) -> _Classes:
+        powers = _powers(widths)
+        return cls(widths, powers, np.unique(powers), int(powers.max(initial=0)))
+
+
+@functools.cache
+def _narrow_classes(widths: tuple[int, ...]) -> tuple[_Classes, _Classes]:
+    """The narrow ones of a group's widths, at least two: the narrowest third of them, and all."""
     found = np.asarray(widths, dtype=np.int64)
-    return found[: max(2, int((found <= _NARROW).sum()))]
+    narrow = found[: max(2, int((found <= _NARROW).sum()))]
+    return _Classes.of(narrow[: max(1, -(-len(narrow) // 3))]), _Classes.of(narrow)
 
 
-def _powers(widths: np.ndarray, most: int = 5) -> Ints:
+def _powers(widths: Ints, most: int = 5) -> Ints:
     """How often two divides each width, at most ``most`` times."""
     return np.asarray(sum((widths % 2**power == 0).astype(np.int64) for power in range(1, most + 1)))
 
@@ -303,9 +322,11 @@ def slot_order(networks: Sequence[dict[SlotName, Kernel]]) -> list[SlotName]:
     before &= ~before.T  # seen in both orders: free
     mean = np.nanmean(place, axis=0)
     order, left = [], np.ones(len(names), dtype=bool)
+    waits_for = before.sum(axis=0)  # how many of those left come before it
     while left.any():
-        free = left & ~(before & left[:, None]).any(axis=0)
+        free = left & (waits_for == 0)
         at = int(np.argmin(np.where(free if free.any() else left, mean, np.inf)))
         order.append(names[at])
         left[at] = False
+        waits_for -= before[at]
     return order

@@ -96,7 +96,8 @@ def peak_memory(optimised: bytes) -> Memory:
     )
 
 
-_Sizes = Mapping[str, tuple[tuple[int, ...], float]]
+_Size = tuple[tuple[int, ...], float]
+_Sizes = Mapping[str, _Size]
 
 
 def _bytes(size: tuple[tuple[int, ...], float]) -> int:
@@ -140,7 +141,7 @@ class _Plan:
             self.uses.update(name for name in [*node.input, *_from_outside(node), *node.output] if name)
         self.uses.update(self.results)
         self.root: dict[str, str] = {name: name for name in lasting}  # whose buffer a tensor lives in
-        self.free: list[str] = []  # roots, the one that became free last comes first
+        self.free: dict[_Size | None, list[str]] = {}  # roots by size, the one that became free last is the last
         self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
         self.read: set[str] = set()  # buffers are given back after a reader; without one they stay to the end
@@ -167,7 +168,7 @@ class _Plan:
             if place < readers:
                 self.read.add(root)
             if not self.uses[root] and root not in self.lasting:
-                self.free.insert(0, root)
+                self.free.setdefault(self.sizes.get(root), []).append(root)
 
     def _shared(self, node: Any, place: int) -> str | None:
         """The buffer of an input that this output may or must share."""
@@ -187,11 +188,8 @@ class _Plan:
     def _dead(self, name: str) -> str | None:
         """A free buffer of exactly the same shape and element size, which is no longer free then."""
         wanted = self.sizes.get(name)
-        for root in self.free:
-            if wanted is not None and wanted[0] and self.sizes.get(root) == wanted:
-                self.free.remove(root)
-                return root
-        return None
+        free = self.free.get(wanted) if wanted is not None and wanted[0] else None
+        return free.pop() if free else None
 
 
 def _peak(graph: Any, lasting: set[str], sizes: _Sizes) -> tuple[int, int]:
@@ -200,10 +198,9 @@ def _peak(graph: Any, lasting: set[str], sizes: _Sizes) -> tuple[int, int]:
     inside = []
     for step, node in enumerate(graph.node):
         plan.run(step, node)
-        known = {*lasting, *plan.root}
         parts = []
         for body in _bodies(node):
-            own = known | {value.name for value in [*body.input, *body.initializer]}
+            own = {*lasting, *plan.root} | {value.name for value in [*body.input, *body.initializer]}
             if node.op_type == "If":
                 own |= {value.name for value in body.output}  # written straight into the node's own outputs
             parts.append(_peak(body, own, sizes)[0])

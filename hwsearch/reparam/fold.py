@@ -12,6 +12,8 @@ Contract: the model given is never changed; a fold either holds or raises; what 
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from hwsearch.errors import CheckFailedError, InputError, InternalError, UnsupportedModelError
 from hwsearch.reparam.algebra import scale_and_shift
-from hwsearch.reparam.foreign import blocks_of, fold_foreign, foreign_blocks, replace_module
+from hwsearch.reparam.foreign import blocks_of, fold_foreign, foreign_blocks, replace_modules
 from hwsearch.reparam.trace import Call, batch_norms, is_plain_norm, trace
 
 #: Largest error of a folded network against the original, relative to the largest output, by type of the output.
@@ -61,6 +63,7 @@ def fold_blocks(
     """The model, or its copy where it has blocks, with these folded; and the plan, its pairs not yet folded."""
     own, others = list(blocks_of(model)), foreign_blocks(model) if foreign else ()
     left, blocks = [], []
+    new: dict[nn.Module, nn.Module] = {}
     if own or others:
         model = _copied(model)
         for name, block in list(blocks_of(model)):
@@ -68,10 +71,11 @@ def fold_blocks(
                 left.append((name, "it has a forward hook, which may change values: remove it first"))
                 continue
             try:
-                model = replace_module(model, block, block.fold(minimal))
+                new[block] = block.fold(minimal)
             except InputError as error:
                 raise InputError(f"block {name or 'ODBB'!r} does not fold: {error}") from error
             blocks.append((name, "odbb"))
+        model = replace_modules(model, new)
     if others and example_input is None:
         raise UnsupportedModelError(
             f"{others[0] or type(model).__name__!r} is a block of another library, whose fold is checked on a real "
@@ -94,10 +98,14 @@ def _plan(model: nn.Module, calls: tuple[Call, ...], elsewhere: frozenset[str]) 
     for call in calls:
         if call.kind == "norm" and call.source:
             readers.setdefault(call.source, []).append(call)
-    times_called = {c.module: sum(o.module == c.module for o in calls) for c in calls}
+    of_norm: dict[str, list[Call]] = {}
+    for call in calls:
+        if call.kind == "norm":
+            of_norm.setdefault(call.module, []).append(call)
+    times_called = Counter(call.module for call in calls)
     pairs, left = [], []
     for name, norm in batch_norms(model):
-        own = [call for call in calls if call.kind == "norm" and call.module == name]
+        own = of_norm.get(name, [])
         reason = _why_not(model, name, norm, own, readers, times_called, elsewhere)
         if reason:
             left.append((name, reason))
@@ -147,8 +155,8 @@ def fold(
         raise InputError(f"nothing to fold in {type(model).__name__} ({reasons}); pass require=False to accept that")
     folded = _copied(model) if folded is model else folded
     with torch.no_grad():
-        for layer_name, norm_name in plan.pairs:
-            _fold_pair(folded, layer_name, norm_name)
+        new = dict(_fold_pair(folded, layer_name, norm_name) for layer_name, norm_name in plan.pairs)
+    replace_modules(folded, new)  # a norm may be registered under several names
     if example_input is not None:
         _compare(model, folded, example_input)
     return folded
@@ -178,7 +186,8 @@ def merge(layer: nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tenso
     return weight, bias
 
 
-def _fold_pair(model: nn.Module, layer_name: str, norm_name: str) -> None:
+def _fold_pair(model: nn.Module, layer_name: str, norm_name: str) -> tuple[nn.Module, nn.Module]:
+    """The layer gets its new weights; returned are the norm and what takes its place."""
     layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
     if not isinstance(norm, _BatchNorm):
         raise InternalError(f"{norm_name!r} is a {type(norm).__name__}, not a batch norm")
@@ -197,7 +206,7 @@ def _fold_pair(model: nn.Module, layer_name: str, norm_name: str) -> None:
     # New tensors, never written in place: a weight tied to another module must not change there.
     layer.weight = nn.Parameter(weight, requires_grad=bool(old.requires_grad))  # type: ignore[union-attr]
     layer.bias = nn.Parameter(bias, requires_grad=learns_bias)
-    replace_module(model, norm, nn.Identity().train(norm.training))  # it may be registered under several names
+    return norm, nn.Identity().train(norm.training)
 
 
 def _materialise(layer: nn.Module) -> None:
@@ -219,7 +228,7 @@ def _why_not(
     norm: nn.Module,
     own: list[Call],
     readers: dict[str, list[Call]],
-    times_called: dict[str, int],
+    times_called: Mapping[str, int],
     elsewhere: frozenset[str],
 ) -> str:
     """Why a batch norm cannot be folded, "" when it can."""
@@ -261,7 +270,8 @@ def _why_not(
 def _refuse_training(model: nn.Module) -> None:
     """A fold uses running statistics: in training mode the network would not."""
     training = [(name, module) for name, module in model.named_modules() if module.training]
-    norms = [(name, module) for name, module in training if name in dict(batch_norms(model))]
+    names = dict(batch_norms(model))
+    norms = [(name, module) for name, module in training if name in names]
     for name, module in norms or training:
         raise InputError(
             f"module {name or type(model).__name__!r} ({type(module).__name__}) is in training mode: "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ def foreign_blocks(model: nn.Module) -> tuple[str, ...]:
     """Names of the outermost modules with a folding method of their own ("" is the model itself)."""
     found: list[str] = []
     for name, module in model.named_modules():
-        inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)
+        # modules come depth first: what is inside a block comes right behind it
+        inside = bool(found) and (found[-1] == "" or name.startswith(f"{found[-1]}."))
         if not inside and method_of(module):
             found.append(name)
     return tuple(found)
@@ -67,12 +68,13 @@ def fold_foreign(model: nn.Module, example_input: Tensor) -> tuple[nn.Module, tu
     if not names:
         return model, ()
     _check(model, names, example_input)
-    folded = []
+    folded: list[tuple[str, str]] = []
+    new: dict[nn.Module, nn.Module] = {}
     for name in names:
         block = model.get_submodule(name)
         folded.append((name, method_of(block)))
-        model = replace_module(model, block, convert(block, name))
-    return model, tuple(folded)
+        new[block] = convert(block, name)
+    return replace_modules(model, new), tuple(folded)
 
 
 def convert(block: nn.Module, name: str) -> nn.Module:
@@ -95,16 +97,15 @@ def convert(block: nn.Module, name: str) -> nn.Module:
     return block.train(training)
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Put ``new`` wherever ``old`` is registered; the model, or ``new`` where ``old`` was the model."""
-    if old is model:
-        return new
-    if old is not new:
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if child is old:
-                    parent._modules[name] = new
-    return model
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put another module wherever a key is registered, in one walk; the model, or what stands for it now."""
+    for parent in list(model.modules()):
+        if parent in new:
+            continue  # it goes, and what is inside it with it
+        for name, child in parent._modules.items():
+            if child is not None and child in new:
+                parent._modules[name] = new[child]
+    return new.get(model, model)
 
 
 def record_calls(model: nn.Module, names: tuple[str, ...], example_input: Tensor) -> dict[str, Recorded]:

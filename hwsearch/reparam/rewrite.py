@@ -17,7 +17,7 @@ from hwsearch.errors import InputError, UnsupportedModelError
 from hwsearch.reparam.algebra import ConvMap, ConvShape
 from hwsearch.reparam.branches import ConvBranch, NormMaker
 from hwsearch.reparam.fold import plan_fold
-from hwsearch.reparam.foreign import replace_module
+from hwsearch.reparam.foreign import replace_modules
 from hwsearch.reparam.odbb import ODBB, branch_kinds
 from hwsearch.reparam.trace import is_plain_affine
 
@@ -84,6 +84,7 @@ def reparametrize(
             "re-parameterise"
         )
     partners = _partners(model, example_input)
+    new: dict[nn.Module, nn.Module] = {}
     for name, kinds in chosen.items():
         conv = model.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)  # chosen are
@@ -106,9 +107,10 @@ def reparametrize(
         if keep:
             _silence(block)
         if partner is not None:
-            replace_module(model, partner, nn.Identity().train(partner.training))
+            new[partner] = nn.Identity().train(partner.training)
         block.train(conv.training)
-        replace_module(model, conv, block)
+        new[conv] = block
+    replace_modules(model, new)
     return tuple(chosen)
 
 

@@ -18,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from hwsearch.errors import InputError, UnsupportedModelError
+from hwsearch.graph.capture import try_forward
+from hwsearch.graph.depth import check_depth, counted
 
 #: Modules whose output is affine in their input, with the channel on axis 1 (last axis for a linear layer).
 AFFINE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -139,6 +141,9 @@ def _rank(node: Any, module_of: Any) -> int | None:
 
 
 def _trace_export(model: nn.Module, example_input: torch.Tensor) -> tuple[tuple[Call, ...], frozenset[str]]:
+    with counted() as operations:
+        try_forward(model, example_input)
+    check_depth(model, operations.number)
     try:
         program = torch.export.export(model, (example_input,))
     except Exception as error:

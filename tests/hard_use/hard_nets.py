@@ -41,6 +41,16 @@ def many(layers: int = 10_000) -> nn.Module:
     return nn.Sequential(*[nn.Conv2d(1, 1, 1) for _ in range(layers)])
 
 
+def deep_classifier() -> nn.Module:
+    """A very deep network of ten classes."""
+    return nn.Sequential(*many(), nn.Flatten(), nn.Linear(784, 10))
+
+
+def deep_norms(pairs: int = 5000) -> nn.Module:
+    """A very deep network of which half is folded away."""
+    return nn.Sequential(*[layer for _ in range(pairs) for layer in (nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))])
+
+
 def nested() -> nn.Module:
     """Modules inside each other, deeper than Python's stack."""
     model: nn.Module = nn.Conv2d(1, 1, 1)
