@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from hwsearch.config_branches import BranchSettings
+from hwsearch.config_branches import ONE_RUN, BranchSettings
 from hwsearch.config_cells import CellSettings
 from hwsearch.config_data import DataSettings
 from hwsearch.config_devices import FurtherDevice, allowed_ms, check_budget, check_devices
@@ -318,8 +318,8 @@ class RunConfig:
             raise InputError("search.budgets are of one device: leave [[devices]] out, or give one budget")
         if self.search.method != "repnas" and self.branches != BranchSettings():
             raise InputError(f'[branches] is for method = "repnas", not {self.search.method}: leave it out')
-        if self.search.method == "repnas" and self.train.callback is not None:
-            raise InputError("train.callback: branches are trained by their search itself: leave it out")
+        if self.search.method == "repnas" and self.train.callback is not None and not self.branches.restarts:
+            raise InputError(f"train.callback: {ONE_RUN}: leave the callback out, or set branches.restart = true")
         if self.search.method != "pas" and self.masks != MaskSettings():
             raise InputError(f'[masks] is for method = "pas", not {self.search.method}: leave it out')
         if self.search.method != "mgas" and self.cells != CellSettings():

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hwsearch.train.loop import TrainConfig
 
 _KINDS = Field(description='a block such as "odbb" or "dbb", or a list of branches such as ["kxk", "1x1"]')
+#: Why a callback of the user's own has nothing to steer where a search does not restart.
+ONE_RUN = "without a restart the branches are trained within their search, whose steps are the method's"
 _LAYERS = Field(description='a pattern of layer names such as "stages.*", or a list of them')
 
 
@@ -41,6 +43,11 @@ class BranchSettings:
     whole: Switch | None = None
     published: Switch = False
     widths: Literal["cafenet", "uniform"] = "cafenet"
+
+    @property
+    def restarts(self) -> bool:
+        """Whether the branches that were found are trained by themselves, after the search."""
+        return not self.published if self.restart is None else self.restart
 
     def config(self, training: TrainConfig, start: str | None) -> RepNASSearchConfig:
         """The search of branches that these settings stand for.

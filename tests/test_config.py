@@ -147,6 +147,12 @@ def test_branches_of_a_file_become_a_search_of_them() -> None:
     config = RunConfig.from_dict(given).repnas()
     assert (config.repnas.restart, config.repnas.search, config.repnas.budget.limit) == (False, 0.5, 9)
     assert (config.blocks.branches, config.blocks.start) == (("kxk", "1x1"), "model")
+    steered = {**SMALLEST, "search": {"method": "repnas"}, "train": {"callback": "mine:Own"}}
+    assert RunConfig.from_dict(steered).repnas().repnas.training.callback == "mine:Own"
+    RunConfig.from_dict({**steered, "branches": {"published": True, "restart": True}})
+    for branches in ({"restart": False}, {"published": True}):
+        with pytest.raises(InputError, match=r"train\.callback: without a restart .* set branches\.restart = true"):
+            RunConfig.from_dict({**steered, "branches": branches})
     with pytest.raises(InputError, match=r"\[branches\] is for method = .repnas., not cafenet"):
         RunConfig.from_dict({**SMALLEST, "branches": {"limit": 0.5}})
     with pytest.raises(InputError, match=r"\[branches\]: there is no branch 'kx': give some of kxk"):

@@ -70,7 +70,7 @@ class RepNASConfig:
             share in its batch norms; the paper adds up whatever runs.
         reset_norms: forget running statistics when the subset is fixed: each branch saw its own batches only.
         clip: largest norm of all gradients of the weights; ``None``: not clipped.
-        training: of the whole run.
+        training: of the whole run; its callback, where it has one, steers what follows the search after a ``restart``.
     """
 
     budget: BranchBudget = field(default_factory=BranchBudget)
@@ -117,6 +117,10 @@ class RepNASConfig:
             raise InputError(f"floor is {self.floor}: give 0 or 1")
         if self.clip is not None and self.clip <= 0:
             raise InputError(f"clip is {self.clip}: give a number above 0, or None")
+        if self.training.callback is not None and not self.restart:
+            raise InputError(
+                "a callback steers the training of what was found, which restart=True has and False has not"
+            )
         if self.branches is not None and self.budget.kind != "ms":
             raise InputError("branches stands beside a budget in ms; give BranchBudget('branches', limit) instead")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,6 +298,64 @@ def test_what_is_found_is_trained_as_if_it_had_never_been_searched() -> None:
     assert found.model is not None
     for one, other in zip(found.model.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+CALLBACK = """
+import torch
+from hwsearch.train.callback import Callback
+
+seen = []
+
+
+class Own(Callback):
+    def begin(self, model, config, steps):
+        self.total = torch.zeros(())
+        seen.append(steps)
+
+    def optimiser(self, groups, config):
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+    def update(self, optimiser, model, step):
+        optimiser.step()
+        self.total += 1
+
+    def state(self):
+        return {"total": self.total}
+
+
+class Mortal(Own):
+    alive = [True]
+
+    def after_step(self, model, step, steps, loss):
+        if step == 2 and self.alive:
+            self.alive.pop()
+            raise KeyboardInterrupt
+"""
+
+
+def test_the_users_own_steps_train_what_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of a plain training of these branches under the same callback; a kill in it changes nothing."""
+    (tmp_path / "repnas_callback.py").write_text(CALLBACK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    steered = replace(tiny_config().training, callback="repnas_callback:Own")
+    found = RepNAS(host(), tiny_config(training=steered)).search(tiny_task(), None)
+    searched = RepNAS(host(), tiny_config()).search(tiny_task(), None)
+    assert (found.mask, found.scores) == (searched.mask, searched.scores), "the search itself is the method's"
+    assert found.loss != searched.loss
+    plain = host()
+    BranchSpace.of(plain).apply(plain, np.array(found.mask))
+    train(plain, tiny_task(), replace(steered, steps=5))
+    assert sys.modules["repnas_callback"].seen == [5, 5]
+    assert found.model is not None
+    for one, other in zip(found.model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    mortal = tiny_config(training=replace(steered, callback="repnas_callback:Mortal"))
+    with pytest.raises(KeyboardInterrupt):
+        RepNAS(host(), mortal).search(tiny_task(), None, folder=tmp_path / "run")
+    again = RepNAS(host(), mortal).search(tiny_task(), None, folder=tmp_path / "run")
+    assert (again.loss, again.metric) == (found.loss, found.metric)
+    with pytest.raises(InputError, match="restart=True has and False has not"):
+        tiny_config(training=steered, restart=False)
 
 
 def test_the_published_search_inherits_its_weights() -> None:
