@@ -55,7 +55,19 @@ def _drawn(page: Page, card: Mapping[str, Any], manifest: Mapping[str, Any], flo
         "holds half of a family's kernels, the whiskers nine in ten."
     )
     below = f'<p class="note">{text(note)}</p>' if mean and spread else ""
-    return [halves(unseen, held), below, halves(mean, spread)] if held else [halves(unseen, mean), spread]
+    drawn = [halves(unseen, held), below, halves(mean, spread)] if held else [halves(unseen, mean), spread]
+    return [*drawn, _missing(card)]
+
+
+def _missing(card: Mapping[str, Any]) -> str:
+    """What an older card lacks, and the command that adds it."""
+    parts = (("bounds", "the intervals of held-out networks"), ("residuals", "the residuals by kernel family"))
+    lacks = " and ".join(name for key, name in parts if not card.get(key))
+    if not lacks:
+        return ""
+    command = f"hwsearch fit --device {word(card.get('device'), 'NAME')}"
+    said = text(f"This card is an older one, without {lacks}.")
+    return f'<p class="note">{said} <code>{text(command)}</code> adds them, from the table alone.</p>'
 
 
 def _interval_figure(card: Mapping[str, Any]) -> figures.Figure | None:

@@ -482,6 +482,9 @@ def test_the_predictors_card(run_folder: Path, tmp_path: Path, made_card: Callab
         assert "repeats a measurement to 4.3 %" in outline.text
         assert len(figures(page)) == (17 if points else 15)
         assert any(trace["type"] == kind for trace in figures(page)["figure-12"]["data"])
+        older = "without the intervals of held-out networks and the residuals by kernel family"
+        assert (older in outline.text) != points
+        assert ("hwsearch fit --device x86-ort-1t adds them, from the table alone" in outline.text) != points
     for bad in ('{"unseen": {"mape": "low"}, "by_family": [], "points": [[1], 3]}', "[", '{"unseen": []}'):
         (table / "predictor/card.json").write_text(bad)
         (table / "predictor/manifest.json").write_text('{"log_errors": [1, "x", null]}')
