@@ -31,7 +31,7 @@ from hwsearch.search.mgas_weight_search import check_smallest, thinned
 from hwsearch.search.mgas_widths_config import FilterConfig
 from hwsearch.search.pas_masks import unmaskable
 from hwsearch.search.result import SearchResult
-from hwsearch.search.searcher import Searcher, full_model, limit_outcomes, plain_settings
+from hwsearch.search.searcher import Searcher, full_model, plain_settings
 from hwsearch.search.settle import Settled, settle
 from hwsearch.search.stairs import stair_edges
 from hwsearch.search.winner import finish, train_choice
@@ -111,33 +111,17 @@ class MgasWidths(Searcher):
         model, evaluation, thin = thinned(
             model, evaluation, task, self.config.weights, self.space, run, progress=titled(progress, "weights")
         )  # fmt: skip
-        return SearchResult(
-            method=self.method,
-            seed=self.seed,
-            groups=tuple(group.name for group in self.space.groups),
-            choice=choice,
-            limits=limit_outcomes(self.budget, settled.candidate, settled),
-            loss=settled.candidate.loss,
-            metric=evaluation.metric,
-            macs=self.space.macs(choice),
-            parameters=self.space.parameters(choice),
-            candidates=tuple(candidates),
-            extra={
-                "metric_name": task.metric_name,
-                "winner_loss": evaluation.loss,
-                "gated_metric": gated.metric,
-                "gated_loss": gated.loss,
-                "within_band": settled.within,
-                "trajectory": job.trajectory(),
-                "cut_at_end": int(job.filters.control[2]),
-                "kept_units": {name: units.tolist() for name, units in kept.items()},
-                "fixed_groups": sorted(full),
-                "log10_space": self.space.log10_size,
-                "log10_searched": space.log10_size,
-                **thin,
-            },
-            model=model,
-        )
+        extra = {
+            "gated_metric": gated.metric,
+            "gated_loss": gated.loss,
+            "trajectory": job.trajectory(),
+            "cut_at_end": int(job.filters.control[2]),
+            "kept_units": {name: units.tolist() for name, units in kept.items()},
+            "fixed_groups": sorted(full),
+            "log10_searched": space.log10_size,
+            **thin,
+        }
+        return self._result(settled, candidates, (model, evaluation), task, extra)
 
 
 class _Job:
