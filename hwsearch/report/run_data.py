@@ -9,7 +9,7 @@ Files and fields that are looked at::
                             metric_name, groups (for widths that are a list), status (where there is no verdict.json);
                             with several devices rows[].devices[] and statuses {device: status}
     events.jsonl            anything with a step or epoch and a loss or metric; or history: [[step, loss], ...]
-    state/*/checkpoint.safetensors      the training history in its header
+    state/*/checkpoint.safetensors      the training history, and held-out scores, in its header
     bundle/manifest.json, bundle/verdict.json
     kernels.json            the found network's kernels, predicted and measured
     explain.json            layers, stairs and reasons of an explanation
@@ -205,7 +205,7 @@ def read_run(folder: Path) -> RunData:
     device = word(head.get("device")) or word(manifest.get("device")) or _named(settings.get("device"), "name")
     status = verdict.status if verdict else word(head.get("status"))
     curves = tuple(_curves(events))
-    known = {curve.name for curve in curves}
+    known = {(curve.name, curve.quantity) for curve in curves}
     return RunData(
         folder=folder,
         name=folder.resolve().name,
@@ -216,7 +216,7 @@ def read_run(folder: Path) -> RunData:
         budget_ms=budget or next((row.budget_ms for row in rows if row.budget_ms), None),
         rows=rows,
         candidates=tuple(candidates_at(result.get("candidates"))),
-        curves=curves + tuple(c for c in _checkpoint_curves(folder / "state") if c.name not in known),
+        curves=curves + tuple(c for c in _checkpoint_curves(folder / "state") if (c.name, c.quantity) not in known),
         verdict=verdict,
         status=status if status in STATUSES else "",
         manifest=manifest,
@@ -300,16 +300,21 @@ def _curves(events: list[dict[str, Any]]) -> Iterable[Curve]:
 
 
 def _checkpoint_curves(state: Path) -> Iterable[Curve]:
-    """The loss history that each training keeps in the header of its checkpoint; weights are not read."""
+    """What each training keeps in the header of its checkpoint, its loss and its scores on held-out examples; weights
+    are not read."""
     for path in sorted(state.glob("*/checkpoint.safetensors")) if state.is_dir() else ():
         with contextlib.suppress(OSError, ValueError, RecursionError):
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size)) if size <= _MAX_HEADER_BYTES else {}
             stored = json.loads(str(mapping(mapping(header).get("__metadata__")).get("hwsearch")))
-            points = dict(_points(mapping(mapping(stored).get("notes")).get("history")))
-            if len(points) > 1:
-                yield Curve(path.parent.name, "loss", tuple(sorted(points.items())))
+            notes = mapping(mapping(stored).get("notes"))
+            looks = [entry for entry in items(notes.get("scores")) if isinstance(entry, list) and len(entry) == 3]
+            held_out = [[place, metric] for place, _, metric in looks]
+            for quantity, listed in (("loss", notes.get("history")), ("metric", held_out)):
+                points = dict(_points(listed))
+                if len(points) > 1:
+                    yield Curve(path.parent.name, quantity, tuple(sorted(points.items())))
 
 
 def _points(history: object) -> Iterable[tuple[float, float]]:

@@ -271,10 +271,12 @@ def training(page: Page, run: RunData) -> str:
     metric = "accuracy" if run.metric_name == "accuracy" else run.metric_name
     drawn = [
         page.figure(figures.curves(run.curves, "loss", "loss"), "Training loss"),
-        page.figure(figures.curves(run.curves, "metric", metric), f"Training {metric}"),
+        page.figure(figures.curves(run.curves, "metric", metric), f"Held-out {metric} along training"),
     ]
     if not any(drawn):
         return panel("Training", "", absent("No training curve is recorded."))
     note = "Mean training loss along each training's own steps. winner: the found network; supernet: shared weights, "
     note += "which candidates were scored with."
+    if drawn[1]:
+        note += f" The {metric} is of some held-out examples, looked at now and then; nothing was chosen by it."
     return panel("Training", note, halves(*drawn))

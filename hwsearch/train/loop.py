@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from hwsearch.device.lock import background_lock
 from hwsearch.errors import InputError
+from hwsearch.graph.capture import evaluation_mode
 from hwsearch.train import checkpoint, processes
 from hwsearch.train.callback import OwnSteps
 from hwsearch.train.data import Batch, Examples, Shuffle, in_order
+from hwsearch.train.held_out import Looks
 from hwsearch.train.optimiser_state import put_back, remembered
 from hwsearch.train.seeds import generator, torch_seed
 from hwsearch.train.strides import strided_inputs
@@ -124,11 +126,15 @@ class OwnRate:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a training did: steps taken, examples seen, and (step, mean training loss up to it) along the way."""
+    """What a training did: steps taken, examples seen, and (step, mean training loss up to it) along the way.
+
+    ``scores`` are (step, loss, metric) on some held-out examples, see ``Looks``.
+    """
 
     steps: int
     examples: int
     history: tuple[tuple[int, float], ...]
+    scores: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def final_loss(self) -> float:
@@ -164,9 +170,23 @@ def train(
         loss.backward()
         return loss.detach()
 
+    total = config.total_steps(len(task.train))
+    looks = Looks.of(task.valid, total, config.batch_size) if processes.rank() == 0 else None
+
+    def score() -> tuple[float, float]:
+        assert looks is not None  # else nobody asks
+        kept = [(buffer, buffer.clone()) for buffer in model.buffers()]  # a forward may count its calls
+        with evaluation_mode(model):
+            found = evaluate(model, task, looks.examples, config)
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
+        return found.loss, found.metric
+
     return run_steps(
-        model, task.train, config, step, folder=folder, progress=progress, identity={"kind": "train"}, steered=steered
-    )
+        model, task.train, config, step, folder=folder, progress=progress, identity={"kind": "train"}, steered=steered,
+        scored=None if looks is None else (looks.steps, score),
+    )  # fmt: skip
 
 
 def run_steps(
@@ -180,6 +200,7 @@ def run_steps(
     folder: Path | None = None,
     progress: Progress | None = None,
     steered: OwnSteps | None = None,
+    scored: tuple[frozenset[int], Callable[[], tuple[float, float]]] | None = None,
 ) -> TrainReport:
     """Take all steps that are left, each: zero gradients, ``step``, SGD update; write checkpoints on the way.
 
@@ -189,7 +210,9 @@ def run_steps(
         identity: what else makes this run what it is; a checkpoint of another identity is refused.
         own: names of parameters that learn in a group of their own.
         steered: the user's callback, where there is one (``step`` asks it for the loss).
+        scored: steps behind which the model is looked at, and what gives (loss, metric) then; see ``Looks``.
     """
+    looked_at, score = (frozenset(), lambda: (0.0, 0.0)) if scored is None else scored
     total = config.total_steps(len(examples))
     shuffle = Shuffle(len(examples), config.batch_size, config.seed)
     whole = {**_identity(config), **identity, "steps": total, "data": examples.identity}
@@ -220,15 +243,22 @@ def run_steps(
                     state.note(loss, total)
                     if steered is not None:
                         steered.after_step(state.step - 1, total, loss)
+                    if state.step in looked_at:
+                        break  # the lock is let go first: looking takes it by itself
                     if state.step == total or time.monotonic() - written >= config.checkpoint_s:
                         state.save()
                         written = time.monotonic()
+            if state.step in looked_at:
+                state.scores.append((state.step, *score()))
+                if state.step == total or time.monotonic() - written >= config.checkpoint_s:
+                    state.save()
+                    written = time.monotonic()
             if progress is not None:
                 progress(state.step, total, f"loss {state.recent_loss():.3f}")
         if steered is not None:
             steered.end()
         model.eval()
-    return TrainReport(total, total * shuffle.batch_size, tuple(state.history))
+    return TrainReport(total, total * shuffle.batch_size, tuple(state.history), tuple(state.scores))
 
 
 def evaluate(model: nn.Module, task: Task, examples: Examples, config: TrainConfig | None = None) -> Evaluation:
@@ -305,6 +335,7 @@ class _State:
     ) -> None:
         self.step = 0
         self.history: list[tuple[int, float]] = []
+        self.scores: list[tuple[int, float, float]] = []
         self._sum, self._count = 0.0, 0
         self._identity = identity
         self._path = folder / checkpoint.NAME if folder is not None else None
@@ -320,6 +351,7 @@ class _State:
             tensors, self.step, notes = found
             checkpoint.copy_into(self._tensors, tensors, self._path)
             self.history = [(int(step), float(loss)) for step, loss in notes["history"]]
+            self.scores = [(int(step), float(loss), float(metric)) for step, loss, metric in notes.get("scores", [])]
             self._sum, self._count = float(notes["sum"]), int(notes["count"])
             mine = {name.removeprefix(_OPTIMISER): t for name, t in tensors.items() if name.startswith(_OPTIMISER)}
             memory = mine, notes.get("optimiser", {})
@@ -345,7 +377,9 @@ class _State:
     def save(self) -> None:
         """Write the checkpoint, where there is a folder."""
         if self._path is not None and processes.rank() == 0:
-            notes: dict[str, Any] = {"history": self.history, "sum": self._sum, "count": self._count}
+            notes: dict[str, Any] = {
+                "history": self.history, "scores": self.scores, "sum": self._sum, "count": self._count,
+            }  # fmt: skip
             tensors = self._tensors
             if self._foreign is not None:
                 memory, notes["optimiser"] = remembered(self._foreign, self._model)

@@ -257,8 +257,8 @@ def test_a_config_names_a_callback_for_networks_only() -> None:
         settings(supernet={"callback": "mine:Recipe"})
     with pytest.raises(InputError, match="give module:name of your own code"):
         settings(train={"callback": "mine.py"})
-    with pytest.raises(InputError, match=r"train\.callback: branches are trained by their search"):
-        settings(train={"callback": "mine:Recipe"}, search={"method": "repnas"})
+    searched = settings(train={"callback": "mine:Recipe"}, search={"method": "repnas"})
+    assert searched.repnas().repnas.training.callback == "mine:Recipe"
 
 
 def test_a_config_names_data_once() -> None:
