@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from hwsearch.comparison import Compared, DeviceTime, NetworkRow
+from hwsearch.config import RunConfig
 from hwsearch.delivery import choose
 from hwsearch.graph.widths import WidthChoice
 from hwsearch.search.result import LimitOutcome, SearchResult
@@ -40,10 +41,13 @@ RESULT = SearchResult(
 )  # fmt: skip
 
 
-def ready(*, floor: Any = None, deliver: str = "better") -> Any:
-    return SimpleNamespace(
-        config=SimpleNamespace(search=SimpleNamespace(floor=floor), deploy=SimpleNamespace(deliver=deliver))
-    )
+def ready(search: dict[str, Any] | None = None, **sections: Any) -> Any:
+    config = RunConfig.from_dict({
+        "device": {"name": "simulated"},
+        "model": {"factory": "hwsearch.models.vgg:vgg_small", "input": "1x1x28x28"},
+        "search": {"budget": "50%"} | (search or {}),
+    } | sections)  # fmt: skip
+    return SimpleNamespace(config=config)
 
 
 def test_uniform_scaling_that_is_better_takes_the_place_of_what_was_found() -> None:
@@ -66,8 +70,10 @@ def test_uniform_scaling_that_is_better_takes_the_place_of_what_was_found() -> N
         (0.80, (0.7, 0.7), {}, True),  # worse
         (0.81, (0.7, 0.7), {}, True),  # equal: the search's
         (0.83, (0.7, 0.99), {}, True),  # better, but the next reading may break a budget
-        (0.83, (0.7, 0.7), {"floor": 0.8}, True),  # the fewest milliseconds were asked for
-        (0.83, (0.7, 0.7), {"deliver": "found"}, True),
+        (0.83, (0.7, 0.7), {"search": {"budget": None, "floor": 0.8}}, True),  # the fewest milliseconds were asked for
+        (0.83, (0.7, 0.7), {"deploy": {"deliver": "found"}}, True),
+        # uniform scaling keeps no size budget
+        (0.83, (0.7, 0.7), {"search": {"method": "mgas"}, "weights": {"max_parameters": 100}}, True),
         (0.83, (0.7, 0.7), {}, False),  # of a metric where less is better
     ],
 )
