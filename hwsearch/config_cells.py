@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from hwsearch.config_training import method_settings
 from hwsearch.config_types import Below1, Count, NotNegative, Positive, Share, Switch
-from hwsearch.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hwsearch.search.mgas_config import MgasConfig
     from hwsearch.train.loop import TrainConfig
-
-#: Fields that are the training's, not the search's.
-_TRAINING = ("batch_size", "checkpoint_s")
 
 
 @dataclass(frozen=True)
@@ -71,19 +68,7 @@ class CellSettings:
         Raises:
             InputError: values that do not go together.
         """
-        base = self.base()
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        training: dict[str, Any] = {name: given[name] for name in _TRAINING if name in given}
-        if "learning_rate" in given:
-            training |= {"learning_rate": self.learning_rate, "final_rate": self.learning_rate}
-        own = {f.name: given[f.name] for f in fields(base) if f.name in given}
-        try:
-            return replace(
-                base,
-                training=replace(base.training, seed=winner.seed, threads=winner.threads, **training),
-                winner=winner,
-                **own,
-                **shared,
-            )
-        except InputError as error:
-            raise InputError(f"[cells]: {error}") from error
+        made: MgasConfig = method_settings(
+            self.base(), self, "cells", winner, ("batch_size", "checkpoint_s"), winner=winner, **shared
+        )
+        return made

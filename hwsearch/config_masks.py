@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict
 
+from hwsearch.config_training import given, method_settings
 from hwsearch.config_types import Below1, Count, NotNegative, Positive, Share, Switch
 from hwsearch.errors import InputError
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
     from hwsearch.search.pas_config import PasConfig
     from hwsearch.train.loop import TrainConfig
-
-#: Fields that are the training's, not the masks'.
-_TRAINING = ("epochs", "steps", "batch_size", "checkpoint_s")
 
 
 @dataclass(frozen=True)
@@ -72,24 +70,10 @@ class MaskSettings:
         Raises:
             InputError: values that do not go together.
         """
-        base = self.base()
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        training: dict[str, Any] = {name: given[name] for name in _TRAINING if name in given}
-        if "epochs" in given:
-            training["steps"] = None
-        if "learning_rate" in given:
-            training |= {"learning_rate": self.learning_rate, "final_rate": self.learning_rate}
-        own = {new: given[old] for new, old in (("mask_rate", "rate"), ("mask_momentum", "momentum")) if old in given}
-        own |= {f.name: given[f.name] for f in fields(base) if f.name in given and f.name != "warmup"}
         warm = self.warmup if self.warmup is not None else not trained
-        try:
-            return replace(
-                base,
-                warmup=train if warm else None,
-                training=replace(base.training, seed=train.seed, threads=train.threads, **training),
-                winner=winner,
-                **own,
-                **shared,
-            )
-        except InputError as error:
-            raise InputError(f"[masks]: {error}") from error
+        shared = {**shared, **given(self, mask_rate="rate", mask_momentum="momentum")}
+        made: PasConfig = method_settings(
+            self.base(), self, "masks", train, ("epochs", "steps", "batch_size", "checkpoint_s"),
+            warmup=train if warm else None, winner=winner, **shared,
+        )  # fmt: skip
+        return made

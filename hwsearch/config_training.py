@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -23,6 +24,37 @@ class Run(Protocol):
 
     @property
     def threads(self) -> int: ...
+
+
+def method_settings(
+    base: Any, section: Any, title: str, like: TrainConfig, training: Collection[str], **changes: Any
+) -> Any:
+    """A method's settings ``base`` with what a section of its own says.
+
+    Args:
+        base: a config dataclass with a ``training`` whose learning rate is the same throughout.
+        section: the section, its names those of ``base`` or of its training.
+        title: of the section, for messages.
+        like: gives the training's seed and threads.
+        training: names that are the training's.
+        changes: fields of ``base`` that the section does not decide.
+
+    Raises:
+        InputError: values that do not go together.
+    """
+    said = given(section)
+    steps: dict[str, Any] = {name: said[name] for name in training if name in said}
+    if "epochs" in steps:
+        steps["steps"] = None
+    if "learning_rate" in said:
+        steps |= {"learning_rate": said["learning_rate"], "final_rate": said["learning_rate"]}
+    names = {field.name for field in dataclasses.fields(base)} - {"training", *changes}
+    own = {name: value for name, value in said.items() if name in names}
+    try:
+        fitted = dataclasses.replace(base.training, seed=like.seed, threads=like.threads, **steps)
+        return dataclasses.replace(base, training=fitted, **own, **changes)
+    except InputError as error:
+        raise InputError(f"[{title}]: {error}") from error
 
 
 @dataclass(frozen=True)

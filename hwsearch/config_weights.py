@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict
 
+from hwsearch.config_training import given
 from hwsearch.config_types import Below1, Count, NotNegative, Positive, Share
 from hwsearch.errors import InputError
 
@@ -49,7 +50,7 @@ class WeightSettings:
     @property
     def asked(self) -> bool:
         """Whether the section says anything."""
-        return any(getattr(self, f.name) is not None for f in fields(self))
+        return bool(given(self))
 
     def config(self, like: TrainConfig) -> WeightConfig | None:
         """The search that these settings stand for; None: no such search.
@@ -64,10 +65,9 @@ class WeightSettings:
 
         if not self.asked:
             return None
-        given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        given = {name: value for name, value in given.items() if value is not None}
-        training = {"batch_size": like.batch_size, **{name: given.pop(name) for name in _TRAINING if name in given}}
+        said = given(self)
+        training = {"batch_size": like.batch_size, **{name: said.pop(name) for name in _TRAINING if name in said}}
         try:
-            return WeightConfig(training=replace(steady(), seed=like.seed, threads=like.threads, **training), **given)
+            return WeightConfig(training=replace(steady(), seed=like.seed, threads=like.threads, **training), **said)
         except InputError as error:
             raise InputError(f"[weights]: {error}") from error

@@ -10,7 +10,7 @@ width vector only the one of least loss on the batch is stepped. Budgets are mil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,7 +30,7 @@ from hwsearch.search.floor import fastest_above, front
 from hwsearch.search.grid import WidthGrid, Widths
 from hwsearch.search.result import SearchResult
 from hwsearch.search.scoring import Scorer
-from hwsearch.search.searcher import Searcher, full_model, plain_settings
+from hwsearch.search.searcher import NetworkSearcher
 from hwsearch.search.settle import Settled, measured_once, settle
 from hwsearch.search.supernet import SuperNet
 from hwsearch.search.supernet_training import min_min_step, train_supernet
@@ -63,7 +63,7 @@ def score_candidates(
     return _scorer(net, task, config or CafeNetConfig())(choices)
 
 
-class CafeNet(Searcher):
+class CafeNet(NetworkSearcher[CafeNetConfig]):
     """CafeNet as a searcher.
 
     Args:
@@ -82,6 +82,7 @@ class CafeNet(Searcher):
     """
 
     method: ClassVar[str] = "cafenet"
+    defaults = CafeNetConfig
 
     def __init__(
         self,
@@ -95,12 +96,8 @@ class CafeNet(Searcher):
         say: Callable[[str], None] | None = None,
         supernet: SuperNet | None = None,
     ) -> None:
-        super().__init__(space, budget, seed=seed, folder=folder)
-        full = full_model(space, model, "CafeNet")
-        self.config, self.model, self.say, self.supernet = config or CafeNetConfig(), full, say, supernet
-
-    def _settings(self) -> Mapping[str, Any]:
-        return plain_settings(self.config)
+        super().__init__(space, budget, config, model=model, seed=seed, folder=folder)
+        self.say, self.supernet = say, supernet
 
     def _search(self, run: RunFolder, train: Any, valid: Any, progress: Progress | None) -> SearchResult:
         task = as_task(train, valid)

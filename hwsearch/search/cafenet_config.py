@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hwsearch.errors import InputError
 from hwsearch.search.bins import RULES
+from hwsearch.search.checks import at_least, one_of, shares, up_to
 from hwsearch.search.evolution import EvolutionSettings
 from hwsearch.search.scoring import ScoringConfig
 from hwsearch.train.loop import TrainConfig
@@ -72,26 +73,12 @@ class CafeNetConfig:
     floor: float | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("offset", 0),
-            ("patterns", 1),
-            ("measured", 1),
-            ("rounds", 1),
-            ("refinements", 0),
-            ("finalists", 0),
-            ("smallest_bin", 1),
-            ("largest_bin", 1),
-        ):
-            if getattr(self, name) < low:
-                raise InputError(f"{name} is {getattr(self, name)}; give {low} or more")
+        at_least(self, 0, "offset", "refinements", "finalists")
+        at_least(self, 1, "patterns", "measured", "rounds", "smallest_bin", "largest_bin")
         if self.bin_units is not None and self.bin_units < 1:
             raise InputError(f"bin_units is {self.bin_units}; give 1 or more, or leave it out")
-        if not 0 <= self.distillation <= 1:
-            raise InputError(f"distillation is {self.distillation}; give a share from 0 to 1")
-        for name, allowed in (("start", (*STARTS, "all")), ("sharing", SHARINGS), ("bins", RULES)):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(allowed)}")
+        up_to(self, 1, "distillation")
+        one_of(self, start=(*STARTS, "all"), sharing=SHARINGS, bins=RULES)
         if self.floor is not None and self.winner is None:
             raise InputError("floor judges trained networks: give winner, the training")
-        if not 0 < self.finalist_share <= 1:
-            raise InputError(f"finalist_share is {self.finalist_share}; give a share above 0 and up to 1")
+        shares(self, "finalist_share")

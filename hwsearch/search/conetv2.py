@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,7 +34,7 @@ from hwsearch.search.conetv2_config import ConetConfig
 from hwsearch.search.conetv2_rules import Annealed, Published, Rule
 from hwsearch.search.evolution import Candidate
 from hwsearch.search.result import SearchResult
-from hwsearch.search.searcher import Searcher, full_model, plain_settings
+from hwsearch.search.searcher import NetworkSearcher
 from hwsearch.search.settle import Settled, settle
 from hwsearch.search.stairs import stair_edges
 from hwsearch.search.transfer import carry_over
@@ -45,8 +45,6 @@ from hwsearch.train.loop import Progress, TrainConfig
 from hwsearch.train.seeds import generator
 
 if TYPE_CHECKING:
-    import os
-
     from torch import nn
 
     from hwsearch.graph.widths import WidthSpace
@@ -57,7 +55,7 @@ if TYPE_CHECKING:
 _CANDIDATES = 16  # proposals that are handed on for measuring
 
 
-class ConetV2(Searcher):
+class ConetV2(NetworkSearcher[ConetConfig]):
     """CONetV2 as a searcher.
 
     Args:
@@ -73,28 +71,15 @@ class ConetV2(Searcher):
     """
 
     method: ClassVar[str] = "conetv2"
+    defaults = ConetConfig
 
-    def __init__(
-        self,
-        space: WidthSpace,
-        budget: Budget,
-        config: ConetConfig | None = None,
-        *,
-        model: nn.Module | None = None,
-        seed: int = 0,
-        folder: str | os.PathLike[str] | RunFolder | None = None,
-    ) -> None:
-        super().__init__(space, budget, seed=seed, folder=folder)
-        full = full_model(space, model, "CONetV2")
-        if folding_blocks(full):
+    def _check(self) -> None:
+        super()._check()
+        if folding_blocks(self.model):
             raise InputError(
                 "CONetV2 reads the quality of layers off their weights, and a block of branches has none of its own: "
                 "search the plain network, and give its winner blocks afterwards (hwsearch.RepNASSearch)"
             )
-        self.config, self.model = config or ConetConfig(), full
-
-    def _settings(self) -> Mapping[str, Any]:
-        return plain_settings(self.config)
 
     def _search(self, run: RunFolder, train: Any, valid: Any, progress: Progress | None) -> SearchResult:
         task = as_task(train, valid)

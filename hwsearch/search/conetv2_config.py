@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hwsearch.errors import InputError
 from hwsearch.search.annealing import AnnealSettings
+from hwsearch.search.checks import at_least, below_1, one_of, shares
 from hwsearch.search.transfer import TRANSFERS
 from hwsearch.train.loop import TrainConfig
 
@@ -57,17 +57,10 @@ class ConetConfig:
     start: str = "scratch"
 
     def __post_init__(self) -> None:
-        for name in ("trials", "measured", "rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give 1 or more")
-        for name, allowed in (("accept", ACCEPTS), ("transfer", TRANSFERS), ("start", STARTS)):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(allowed)}")
-        for name in ("momentum", "adas_beta"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give 0 or more and below 1")
-        if not 0 < self.start_share <= 1:
-            raise InputError(f"start_share is {self.start_share}; give a share above 0 and up to 1")
+        at_least(self, 1, "trials", "measured", "rounds")
+        one_of(self, accept=ACCEPTS, transfer=TRANSFERS, start=STARTS)
+        below_1(self, "momentum", "adas_beta")
+        shares(self, "start_share")
 
     @classmethod
     def published(cls, momentum: float = 0.8, **changes: Any) -> ConetConfig:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hwsearch.errors import InputError
+from hwsearch.search.checks import above_0, at_least, below_1, one_of, shares, up_to
 from hwsearch.search.mgas_weights_config import WeightConfig
 from hwsearch.train.loop import TrainConfig
 
@@ -85,21 +86,13 @@ class MgasConfig:
     weights: WeightConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("stages", "quantum", "least", "prune_goal", "candidates", "measured", "rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give 1 or more")
-        for name in ("stage_epochs", "final_epochs", "prune_every", "slack", "score_rate", "threshold_rate", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("warmup_epochs", "rate", "rho", "mu", "threshold_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if self.controller not in CONTROLLERS:
-            raise InputError(f"controller is {self.controller!r}; give one of {', '.join(CONTROLLERS)}")
-        if not 0 <= self.gate_momentum < 1:
-            raise InputError(f"gate_momentum is {self.gate_momentum}; give 0 or more and below 1")
-        if not 0 <= self.regrow <= 1 or not 0 < self.aim <= 1:
-            raise InputError(f"regrow is {self.regrow} and aim {self.aim}; give shares up to 1, aim above 0")
+        at_least(self, 1, "stages", "quantum", "least", "prune_goal", "candidates", "measured", "rounds")
+        above_0(self, "stage_epochs", "final_epochs", "prune_every", "slack", "score_rate", "threshold_rate", "clip")
+        at_least(self, 0, "warmup_epochs", "rate", "rho", "mu", "threshold_weight")
+        one_of(self, controller=CONTROLLERS)
+        below_1(self, "gate_momentum")
+        up_to(self, 1, "regrow")
+        shares(self, "aim")
         if self.stage_share is not None and not 0 < self.stage_share <= 1:
             raise InputError(f"stage_share is {self.stage_share}; give a share above 0 and up to 1, or leave it out")
 

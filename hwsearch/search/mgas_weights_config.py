@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hwsearch.errors import InputError
+from hwsearch.search.checks import above_0, at_least, below_1, shares
 from hwsearch.train.loop import TrainConfig
 
 #: Where zeros may stand: anywhere, or two in every four consecutive input weights.
@@ -53,16 +54,10 @@ class WeightConfig:
 
     def __post_init__(self) -> None:
         check_size_budget(self.pattern, self.max_parameters, self.max_bytes)
-        for name in ("epochs", "prune_every", "threshold_rate", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("tuning_epochs", "rate"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if not 0 < self.least <= 1:
-            raise InputError(f"least is {self.least}; give a share above 0 and up to 1")
-        if not 0 <= self.threshold_momentum < 1:
-            raise InputError(f"threshold_momentum is {self.threshold_momentum}; give 0 or more and below 1")
+        above_0(self, "epochs", "prune_every", "threshold_rate", "clip")
+        at_least(self, 0, "tuning_epochs", "rate")
+        shares(self, "least")
+        below_1(self, "threshold_momentum")
 
     @property
     def sized(self) -> bool:

@@ -31,7 +31,7 @@ from hwsearch.search.mgas_weight_search import check_smallest, thinned
 from hwsearch.search.mgas_widths_config import FilterConfig
 from hwsearch.search.pas_masks import unmaskable
 from hwsearch.search.result import SearchResult
-from hwsearch.search.searcher import Searcher, full_model, plain_settings
+from hwsearch.search.searcher import NetworkSearcher, plain_settings
 from hwsearch.search.settle import Settled, settle
 from hwsearch.search.stairs import stair_edges
 from hwsearch.search.winner import finish, train_choice
@@ -40,8 +40,6 @@ from hwsearch.train.loop import OwnRate, background, evaluate, laid_out, run_ste
 from hwsearch.train.seeds import generator
 
 if TYPE_CHECKING:
-    import os
-
     from torch import nn
 
     from hwsearch.graph.widths import WidthSpace
@@ -54,7 +52,7 @@ _LANES = 6  # ways in which the found widths are moved onto the budget
 _BATCH = 128  # of calibration
 
 
-class MgasWidths(Searcher):
+class MgasWidths(NetworkSearcher[FilterConfig]):
     """MGAS's filter gates as a searcher over the widths of any network.
 
     Args:
@@ -71,19 +69,7 @@ class MgasWidths(Searcher):
     """
 
     method: ClassVar[str] = "mgas"
-
-    def __init__(
-        self,
-        space: WidthSpace,
-        budget: Budget,
-        config: FilterConfig | None = None,
-        *,
-        model: nn.Module | None = None,
-        seed: int = 0,
-        folder: str | os.PathLike[str] | RunFolder | None = None,
-    ) -> None:
-        super().__init__(space, budget, seed=seed, folder=folder)
-        self.config, self.model = config or FilterConfig(), full_model(space, model, "MGAS")
+    defaults = FilterConfig
 
     def _settings(self) -> Mapping[str, Any]:
         return {**plain_settings(self.config), "searches": "filters"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hwsearch.errors import InputError
+from hwsearch.search.checks import above_0, at_least, below_1, floor_and_aim, number_or_all, one_of
 from hwsearch.search.mgas_weights_config import WeightConfig
 from hwsearch.train.loop import TrainConfig
 
@@ -63,22 +64,13 @@ class FilterConfig:
     weights: WeightConfig | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("candidates", 1), ("calibration_images", 2), ("measured", 1), ("rounds", 1)):
-            if getattr(self, name) < low:
-                raise InputError(f"{name} is {getattr(self, name)}; give {low} or more")
-        if self.score_images is not None and self.score_images < 2:
-            raise InputError(f"score_images is {self.score_images}; give 2 or more, or leave it out for all")
-        for name in ("epochs", "prune_every", "score_rate", "threshold_rate", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("warmup_epochs", "rate", "threshold_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if not 0 <= self.gate_momentum < 1:
-            raise InputError(f"gate_momentum is {self.gate_momentum}; give 0 or more and below 1")
-        if not 0 < self.floor <= self.aim <= 1 or self.floor == 1:
-            raise InputError(f"floor is {self.floor} and aim {self.aim}; give 0 < floor <= aim <= 1, floor below 1")
-        if self.start not in STARTS:
-            raise InputError(f"start is {self.start!r}; give one of {', '.join(STARTS)}")
+        at_least(self, 1, "candidates", "measured", "rounds")
+        at_least(self, 2, "calibration_images")
+        number_or_all(self, "score_images")
+        above_0(self, "epochs", "prune_every", "score_rate", "threshold_rate", "clip")
+        at_least(self, 0, "warmup_epochs", "rate", "threshold_weight")
+        below_1(self, "gate_momentum")
+        floor_and_aim(self)
+        one_of(self, start=STARTS)
         if self.winner is None and self.start == "scratch":
             raise InputError("winner is None, but start is 'scratch': give a training, or start = 'masked'")

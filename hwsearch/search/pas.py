@@ -32,7 +32,7 @@ from hwsearch.search.pas_cost import BudgetTerm, PolynomialSurrogate
 from hwsearch.search.pas_gates import GatedNet
 from hwsearch.search.pas_masks import START, THRESHOLD, MaskedNet, unmaskable
 from hwsearch.search.result import SearchResult
-from hwsearch.search.searcher import Searcher, full_model, plain_settings
+from hwsearch.search.searcher import NetworkSearcher
 from hwsearch.search.settle import Settled, settle
 from hwsearch.search.stairs import stair_edges
 from hwsearch.search.winner import finish, train_choice
@@ -41,8 +41,6 @@ from hwsearch.train.loop import OwnRate, Progress, background, evaluate, laid_ou
 from hwsearch.train.seeds import generator
 
 if TYPE_CHECKING:
-    import os
-
     from hwsearch.graph.widths import WidthSpace
     from hwsearch.search.budget import Budget
     from hwsearch.search.run_folder import RunFolder
@@ -55,7 +53,7 @@ _LANES = 6  # ways in which the final masks are moved onto the budget, and in wh
 _BATCH = 128  # of calibration
 
 
-class PaS(Searcher):
+class PaS(NetworkSearcher[PasConfig]):
     """PaS as a searcher.
 
     Args:
@@ -73,23 +71,7 @@ class PaS(Searcher):
     """
 
     method: ClassVar[str] = "pas"
-
-    def __init__(
-        self,
-        space: WidthSpace,
-        budget: Budget,
-        config: PasConfig | None = None,
-        *,
-        model: nn.Module | None = None,
-        seed: int = 0,
-        folder: str | os.PathLike[str] | RunFolder | None = None,
-    ) -> None:
-        super().__init__(space, budget, seed=seed, folder=folder)
-        full = full_model(space, model, "PaS")
-        self.config, self.model = config or PasConfig(), full
-
-    def _settings(self) -> Mapping[str, Any]:
-        return plain_settings(self.config)
+    defaults = PasConfig
 
     def _search(self, run: RunFolder, train: Any, valid: Any, progress: Progress | None) -> SearchResult:
         task = as_task(train, valid)

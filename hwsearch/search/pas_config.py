@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hwsearch.errors import InputError
+from hwsearch.search.checks import above_0, at_least, below_1, floor_and_aim, number_or_all, one_of, up_to
 from hwsearch.train.loop import TrainConfig
 
 #: What the search's loss counts; the budget itself is always kept as it was given.
@@ -77,28 +78,19 @@ class PasConfig:
     start: str = "masked"
 
     def __post_init__(self) -> None:
-        for name, low in (("candidates", 1), ("calibration_images", 2), ("measured", 1), ("rounds", 1)):
-            if getattr(self, name) < low:
-                raise InputError(f"{name} is {getattr(self, name)}; give {low} or more")
-        if self.score_images is not None and self.score_images < 2:
-            raise InputError(f"score_images is {self.score_images}; give 2 or more, or leave it out for all")
-        for name, allowed in (("cost", COSTS), ("start", STARTS), ("gate", GATES)):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(allowed)}")
-        for name in ("mask_rate", "pressure"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
-        if not 0 <= self.mask_momentum < 1:
-            raise InputError(f"mask_momentum is {self.mask_momentum}; give 0 or more and below 1")
+        at_least(self, 1, "candidates", "measured", "rounds")
+        at_least(self, 2, "calibration_images")
+        number_or_all(self, "score_images")
+        one_of(self, cost=COSTS, start=STARTS, gate=GATES)
+        above_0(self, "mask_rate", "pressure")
+        below_1(self, "mask_momentum")
         if not 0 <= self.jitter < 0.5:
             raise InputError(
                 f"jitter is {self.jitter}; give 0 or more and below 0.5, so that all masks begin switched on"
             )
-        for name, most in (("pressure_rate", 100), ("crossing", 1)):
-            if not 0 <= getattr(self, name) <= most:
-                raise InputError(f"{name} is {getattr(self, name)}; give a number from 0 to {most}")
-        if not 0 < self.floor <= self.aim <= 1 or self.floor == 1:
-            raise InputError(f"floor is {self.floor} and aim {self.aim}; give 0 < floor <= aim <= 1, floor below 1")
+        up_to(self, 100, "pressure_rate")
+        up_to(self, 1, "crossing")
+        floor_and_aim(self)
 
     @classmethod
     def published(cls, **changes: Any) -> PasConfig:

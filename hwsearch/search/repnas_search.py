@@ -23,7 +23,7 @@ from hwsearch.search.cafenet import as_task, titled
 from hwsearch.search.evolution import Candidate
 from hwsearch.search.repnas import RepNAS, RepNASConfig
 from hwsearch.search.result import SearchResult
-from hwsearch.search.searcher import Searcher, full_model, limit_outcomes
+from hwsearch.search.searcher import NetworkSearcher, Searcher, limit_outcomes
 from hwsearch.search.settle import measured_once
 from hwsearch.search.winner import largest, reset
 from hwsearch.train.loop import Progress
@@ -76,7 +76,7 @@ class RepNASSearchConfig:
             )
 
 
-class RepNASSearch(Searcher):
+class RepNASSearch(NetworkSearcher[RepNASSearchConfig]):
     """Widths, then branches, as one searcher.
 
     Args:
@@ -97,6 +97,7 @@ class RepNASSearch(Searcher):
     """
 
     method: ClassVar[str] = "repnas"
+    defaults = RepNASSearchConfig
 
     def __init__(
         self,
@@ -110,9 +111,8 @@ class RepNASSearch(Searcher):
         seed: int = 0,
         folder: str | os.PathLike[str] | RunFolder | None = None,
     ) -> None:
-        super().__init__(space, budget, seed=seed, folder=folder)
-        full = full_model(space, model, "RepNAS")
-        self.config, self.widths, self.model = config or RepNASSearchConfig(), widths, full
+        super().__init__(space, budget, config, model=model, seed=seed, folder=folder)
+        self.widths = widths
         self.uniform = uniform and widths is None
 
     def _settings(self) -> Mapping[str, Any]:

@@ -10,9 +10,9 @@ import contextlib
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, final
 
 import numpy as np
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hwsearch.search.settle import Settled
     from hwsearch.train.task import Evaluation, Task
 
+Config = TypeVar("Config")
 INTERVAL_LEVEL = 0.9  # two-sided level of the interval that results report
 
 
@@ -158,16 +159,39 @@ class Searcher(ABC):
                 yield run
 
 
-def full_model(space: WidthSpace, model: nn.Module | None, method: str) -> nn.Module:
-    """The network at full width: the one given, or the space's own.
+class NetworkSearcher(Searcher, Generic[Config]):
+    """Base of the methods that start from one network and have a config dataclass.
+
+    Args:
+        config: settings of the method; its trainings carry seeds of their own. None: the defaults.
+        model: the network at full width; by default the one that the space was made from; never changed.
 
     Raises:
-        InputError: neither is there.
+        InputError: there is no network.
     """
-    full = model if model is not None else space.model
-    if full is None:
-        raise InputError(f"{method} needs the model that the space was made from: give model=")
-    return full
+
+    #: Makes the default settings.
+    defaults: ClassVar[Callable[[], Any]]
+
+    def __init__(
+        self,
+        space: WidthSpace,
+        budget: Budget,
+        config: Config | None = None,
+        *,
+        model: nn.Module | None = None,
+        seed: int = 0,
+        folder: str | os.PathLike[str] | RunFolder | None = None,
+    ) -> None:
+        super().__init__(space, budget, seed=seed, folder=folder)
+        full = model if model is not None else space.model
+        if full is None:
+            raise InputError(f"{type(self).__name__} needs the model that the space was made from: give model=")
+        self.model: nn.Module = full
+        self.config: Config = config if config is not None else type(self).defaults()
+
+    def _settings(self) -> Mapping[str, Any]:
+        return plain_settings(self.config)
 
 
 def plain_settings(config: Any) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_searchers_that_cannot_take_blocks_say_so() -> None:
     model = blocks()
     space = WidthSpace.from_model(model, X, verify=False)
     with pytest.raises(InputError, match="search the plain network, and give its winner blocks afterwards"):
-        ConetV2(space, budget(space))
+        ConetV2(space, budget(space)).search(None, None)
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
