@@ -25,7 +25,7 @@ from typing import Any
 from hwsearch.device.spec import Device
 from hwsearch.errors import DeviceJobError, InputError
 
-OPTIONS = ("flavour", "workspace_mb", "dla", "tf32", "level", "graph")
+OPTIONS = ("flavour", "workspace_mb", "dla", "tf32", "level", "graph", "sparse")
 #: Python modules of a flavour, the preferred one first.
 _MODULES = {"tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _RTX_LIBRARIES = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")
@@ -174,6 +174,8 @@ def _config(device: Device, trt: ModuleType, builder: Any, definition: Any) -> A
     config.max_aux_streams = 0  # layers after each other: shares of parallel ones would not add up
     if not device.option("tf32", 0):
         config.clear_flag(trt.BuilderFlag.TF32)  # it is on by default, and ten bits are no float32
+    if device.option("sparse", 0):
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     if workspace := device.option("workspace_mb", 0):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace * 2**20))
     if "level" in device.options:

@@ -242,3 +242,26 @@ def test_what_cannot_be_built_says_why_in_one_line() -> None:
         build_engine(RTX, residual(), capabilities=("sm_10",))
     with pytest.raises(DeviceJobError, match=r"options\.dla is given, but there is no DLA here"):
         build_engine(Device("x", "tensorrt", options={"flavour": "rtx", "dla": 0}), residual())
+
+
+@needs_rtx
+@pytest.mark.parametrize("sparse", [0, 1])
+def test_2_4_blocks_build_and_the_builder_is_told_of_them(sparse: int) -> None:
+    import torch
+    from torch import nn
+
+    from hwsearch.device import tensorrt_engine
+    from hwsearch.graph.onnx_build import export_onnx
+    from hwsearch.search.mgas_weights import two_of_four
+
+    device = Device("x", "tensorrt", options={"flavour": "rtx", "sparse": sparse})
+    trt = tensorrt_engine.load("rtx")
+    builder = trt.Builder(tensorrt_engine._logger(trt))
+    config = tensorrt_engine._config(device, trt, builder, builder.create_network(0))
+    assert config.get_flag(trt.BuilderFlag.SPARSE_WEIGHTS) == bool(sparse)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU()).eval()
+    with torch.no_grad():
+        model[0].weight *= two_of_four(model[0].weight.abs())
+    network = typed(export_onnx(model, torch.zeros(1, 8, 14, 14)), "float16")
+    engine, _ = build_engine(device, network, capabilities=BUILT_FOR)
+    assert len(engine) > 1000
