@@ -6,10 +6,11 @@ from typing import Any
 
 from hwsearch.report import figures
 from hwsearch.report.page import Page, details, panel, plural, table, text
-from hwsearch.report.run_data import Curve
 from hwsearch.report.values import items, mapping, number, word
+from hwsearch.report.way_section import way
 
-_MOST_CELLS, _MOST_NODES, _MOST_POINTS = 40, 12, 400
+_MOST_CELLS, _MOST_NODES = 40, 12
+_MS = {"predicted": "ms", "target": "target_ms"}
 _WIDE, _HIGH, _STEP = 92, 30, 190  # of a box, and from one node to the next
 
 
@@ -36,8 +37,8 @@ def cells_section(page: Page, result: dict[str, Any]) -> str:
         for (source, node), names in zip(_edges(int(nodes)), cell, strict=False)
     ]
     content = ["".join(drawn), details("As a table", table(["cell", "edge", "operations"], rows))]
-    if way := _way(items(extra.get("trajectory"))):
-        figure = figures.curves(way, "ms", "predicted ms of the stage's cells")
+    if lines := way(items(extra.get("trajectory")), _MS, "ms"):
+        figure = figures.curves(lines, "ms", "predicted ms of the stage's cells")
         content.append(page.figure(figure, "Predicted milliseconds over the steps of the search, and the targets"))
     return panel("Cells", note, *content)
 
@@ -85,14 +86,3 @@ def _drawing(cell: list[list[str]], nodes: int) -> str:
         f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
         f"{''.join(parts)}</svg>"
     )
-
-
-def _way(points: list[Any]) -> list[Curve]:
-    """Milliseconds and targets over the steps."""
-    found = []
-    for name, key in (("predicted", "ms"), ("target", "target_ms")):
-        pairs = [(number(mapping(p).get("step")), number(mapping(p).get(key))) for p in points[:_MOST_POINTS]]
-        line = tuple((step, ms) for step, ms in pairs if step is not None and ms is not None)
-        if len(line) > 1:
-            found.append(Curve(name, "ms", line))
-    return found

@@ -30,6 +30,7 @@ from hwsearch.report.provenance_section import provenance_section
 from hwsearch.report.quality_section import quality_section
 from hwsearch.report.run_data import Row, RunData
 from hwsearch.report.space_section import space_section
+from hwsearch.report.way_section import way_section
 
 #: Kinds of kernels, as ``hwsearch.graph.kernel`` calls them.
 KINDS = {
@@ -67,6 +68,7 @@ def run_page(run: RunData, table_folder: Path | None) -> Page:
     page.add(front_section(page, run))
     page.add(f'<div class="split">{widths(page, run)}{families(page, run)}</div>')
     page.add(cells_section(page, run.result))
+    page.add(way_section(page, run.result))
     page.add(space_section(page, run.space))
     page.add(kernels_section(page, run))
     page.add(explain_section(page, of_run(run)))
