@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from ending import leave
 from search_settings import CANDIDATES, SETTINGS, Ready, Rows, Seed, alone, ready, training_cost
+from search_tables import Found, spread
 from width_timing import measured_ms, text
 
 from hwsearch.graph.widths import WidthChoice
@@ -187,46 +188,28 @@ def measure_rows(ready: Ready, path: Path, device_name: str) -> None:
 
 
 def report(path: Path) -> None:
-    """A Markdown table a setting: means over seeds, and seed-paired differences to ``PaS, MACs`` and ``uniform``."""
+    """A Markdown table a setting: means over seeds, and seed-paired differences to ``PaS, MACs`` and to uniform scaling
+    at the same milliseconds."""
     lines = list(Rows(path, float("inf")).known.values())
     for name in dict.fromkeys(row["setting"] for row in lines):
-        ours = [row for row in lines if row["setting"] == name and row["part"] == "pas"]
-        measured = {r["widths"]: float(r["note"].split()[0]) for r in lines
-                    if r["setting"] == name and r["part"] == "measured"}  # fmt: skip
-        kind = "measured" if all(row["widths"] in measured for row in ours) else "predicted"
-        print(f"\n{name}: {kind} ms; differences in points of accuracy, paired by seed, ± standard error\n")
+        found = Found.of(lines, name, "pas")
+        print(f"\n{name}: {found.kind} ms; differences in points of accuracy, paired by seed, ± standard error\n")
         print("| ms share | method | n | ms | accuracy | over PaS, MACs | over uniform | NLL | GMACs |")
         print("|---|---|---|---|---|---|---|---|---|")
-        for share in sorted({row["share"] for row in ours}, key=float, reverse=True):
-            by_method = {m: {r["seed"]: r for r in ours if r["method"] == m and r["share"] == share} for m in METHODS}
-            for method, mine in by_method.items():
-                if mine:
-                    print(f"| {share} | {method} | {row_text(mine, by_method, measured, kind)} |")
-
-
-def row_text(
-    mine: dict[str, dict[str, str]],
-    by_method: dict[str, dict[str, dict[str, str]]],
-    measured: dict[str, float],
-    kind: str,
-) -> str:
-    """The numbers of one line of the table."""
-    ms = [measured[r["widths"]] if kind == "measured" else float(r["predicted_ms"]) for r in mine.values()]
-    differences = []
-    for other in ("PaS, MACs", "uniform"):
-        pairs = [(float(row["accuracy"]), float(by_method[other][seed]["accuracy"])) for seed, row in mine.items()
-                 if seed in by_method[other]]  # fmt: skip
-        gains = 100 * np.array([a - b for a, b in pairs])
-        if by_method[other] is mine or not pairs:
-            differences.append("")
-        elif len(gains) > 1:
-            differences.append(f"{gains.mean():+.2f} ± {gains.std(ddof=1) / len(gains) ** 0.5:.2f}")
-        else:
-            differences.append(f"{gains[0]:+.2f}")
-    accuracy, nll, gmacs = (
-        np.mean([float(row[name]) for row in mine.values()]) for name in ("accuracy", "nll", "gmacs")
-    )
-    return f"{len(mine)} | {np.mean(ms):.4f} | {accuracy:.4f} | {' | '.join(differences)} | {nll:.4f} | {gmacs:.1f}"
+        for share in sorted({row["share"] for row in found.rows}, key=float, reverse=True):
+            for method in METHODS:
+                mine = [r for r in found.rows if (r["share"], r["method"]) == (share, method)]
+                if not mine:
+                    continue
+                macs = {r["seed"]: r for r in found.rows if (r["share"], r["method"]) == (share, "PaS, MACs")}
+                pairs = [(r, macs[r["seed"]]) for r in mine if r["seed"] in macs and method != "PaS, MACs"]
+                other = spread([float(row["accuracy"]) - float(paired["accuracy"]) for row, paired in pairs])
+                gain = "" if method == "uniform" else spread(found.above_uniform(mine))
+                accuracy, nll, gmacs = (
+                    np.mean([float(row[column]) for row in mine]) for column in ("accuracy", "nll", "gmacs")
+                )
+                numbers = f"{accuracy:.4f} | {other} | {gain} | {nll:.4f} | {gmacs:.1f}"
+                print(f"| {share} | {method} | {len(mine)} | {np.mean([found.ms(r) for r in mine]):.4f} | {numbers} |")
 
 
 def plan(ready: Ready, seeds: int) -> None:

@@ -28,6 +28,7 @@ import torch
 from bench_pas import METHODS, SEARCH_SHARE, TUNING_SHARE, measure_rows, pas_config
 from ending import leave
 from search_settings import Ready, Rows, Seed, Setting, loaded, training_cost
+from search_tables import Found, spread
 
 from hwsearch.models import detector_small, segmenter_small, translator_small
 from hwsearch.search.baselines import uniform
@@ -106,38 +107,26 @@ def plan(ready: Ready, seeds: int) -> float:
 
 
 def report(path: Path) -> None:
-    """A Markdown table a setting: means over seeds, and differences to uniform scaling, paired by seed."""
+    """A Markdown table a setting: means over seeds, and seed-paired differences to uniform scaling at the same
+    milliseconds."""
     lines = list(Rows(path, float("inf")).known.values())
     for name in dict.fromkeys(row["setting"] for row in lines):
-        ours = [row for row in lines if row["setting"] == name and row["part"] == "pas"]
-        measured = {row["widths"]: float(row["note"].split()[0]) for row in lines
-                    if row["setting"] == name and row["part"] == "measured"}  # fmt: skip
-        kind = "measured" if all(row["widths"] in measured for row in ours) else "predicted"
-        print(f"\n{name}: {kind} ms; differences paired by seed, ± standard error\n")
+        found = Found.of(lines, name, "pas")
+        print(f"\n{name}: {found.kind} ms; differences paired by seed, ± standard error\n")
         print(f"| ms share | method | n | ms | {METRICS.get(name, 'metric')} | over uniform | loss | GMACs |")
         print("|---|---|---|---|---|---|---|---|")
-        for share in sorted({row["share"] for row in ours}, key=float, reverse=True):
-            by_method = {m: {r["seed"]: r for r in ours if r["method"] == m and r["share"] == share} for m in METHODS}
-            for method, mine in by_method.items():
+        for share in sorted({row["share"] for row in found.rows}, key=float, reverse=True):
+            for method in METHODS:
+                mine = [r for r in found.rows if (r["share"], r["method"]) == (share, method)]
                 if not mine:
                     continue
-                ms = [measured[r["widths"]] if kind == "measured" else float(r["predicted_ms"]) for r in mine.values()]
                 values, loss, gmacs = (
-                    np.mean([float(row[column]) for row in mine.values()]) for column in ("accuracy", "nll", "gmacs")
+                    np.mean([float(row[column]) for row in mine]) for column in ("accuracy", "nll", "gmacs")
                 )
-                gain = "" if method == "uniform" else gained(mine, by_method["uniform"])
-                numbers = f"{np.mean(ms):.4f} | {values:.4f} | {gain} | {loss:.4f} | {gmacs:.0f}"
+                gain = "" if method == "uniform" else spread(found.above_uniform(mine), 1.0, 4)
+                ms = np.mean([found.ms(r) for r in mine])
+                numbers = f"{ms:.4f} | {values:.4f} | {gain} | {loss:.4f} | {gmacs:.0f}"
                 print(f"| {share} | {method} | {len(mine)} | {numbers} |")
-
-
-def gained(mine: dict[str, dict[str, str]], other: dict[str, dict[str, str]]) -> str:
-    """The mean difference of the metric over the seeds that both have, with its standard error."""
-    gains = np.array([float(row["accuracy"]) - float(other[seed]["accuracy"])
-                      for seed, row in mine.items() if seed in other])  # fmt: skip
-    if len(gains) == 0:
-        return ""
-    error = f" ± {gains.std(ddof=1) / len(gains) ** 0.5:.4f}" if len(gains) > 1 else ""
-    return f"{gains.mean():+.4f}{error}"
 
 
 def main() -> int:

@@ -39,6 +39,7 @@ from search_settings import (
     ready,
     training_cost,
 )
+from search_tables import Found, spread
 from torch import nn
 from width_timing import measured_ms, text
 
@@ -248,44 +249,23 @@ def report(paths: Sequence[Path]) -> None:
     """Markdown tables of what the files hold."""
     lines = [row for path in paths for row in Rows(path, float("inf")).known.values()]
     for name in dict.fromkeys(row["setting"] for row in lines):
-        report_search([row for row in lines if row["setting"] == name and row["part"] in ("search", "measured")], name)
+        report_search(Found.of(lines, name, "search"), name)
 
 
-def report_search(lines: list[dict[str, str]], name: str) -> None:
-    """Means over seeds, and the paired difference to uniform scaling interpolated at the same milliseconds."""
-    measured = {r["widths"]: float(r["note"].split()[0]) for r in lines if r["part"] == "measured"}
-    found = [row for row in lines if row["part"] == "search" and row["accuracy"]]
-    if not found:
+def report_search(found: Found, name: str) -> None:
+    """Means over seeds, and the paired difference to uniform scaling at the same milliseconds."""
+    if not found.rows:
         return
-
-    def ms(row: dict[str, str]) -> float:
-        return measured.get(row["widths"], float(row["predicted_ms"]))
-
-    kind = "measured" if all(row["widths"] in measured for row in found) else "predicted"
-    curves: dict[str, np.ndarray] = {}
-    for seed in {row["seed"] for row in found}:
-        points = sorted((ms(r), float(r["accuracy"]), -float(r["nll"])) for r in found
-                        if r["method"] == "uniform" and r["seed"] == seed)  # fmt: skip
-        if len(points) > 1:
-            curve = np.array(points)
-            curve[:, 1:] = np.maximum.accumulate(curve[:, 1:], axis=0)  # a wider one that is worse is not used
-            curves[seed] = curve
-    print(f"\n{name}: retrained accuracy at {kind} ms; differences are seed-paired, ± standard error\n")
+    print(f"\n{name}: retrained accuracy at {found.kind} ms; differences are seed-paired, ± standard error\n")
     print("| ms share | method | n | ms | accuracy | over uniform, points | NLL | TMACs in all |")
     print("|---|---|---|---|---|---|---|---|")
-    for share in sorted({r["share"] for r in found if r["method"] != "uniform"}, reverse=True):
+    for share in sorted({r["share"] for r in found.rows if r["method"] != "uniform"}, reverse=True):
         for method in METHODS:
-            mine = [r for r in found if r["method"] == method and r["share"] == share]
+            mine = [r for r in found.rows if r["method"] == method and r["share"] == share]
             if not mine:
                 continue
-            gains = [
-                100 * (float(r["accuracy"]) - np.interp(ms(r), curves[r["seed"]][:, 0], curves[r["seed"]][:, 1]))
-                for r in mine if r["seed"] in curves
-            ]  # fmt: skip
-            error = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
             accuracy, nll, gmacs = (np.mean([float(r[name]) for r in mine]) for name in ("accuracy", "nll", "gmacs"))
-            time_ms = np.mean([ms(r) for r in mine])
-            gain = f"{np.mean(gains):+.2f} ± {error:.2f}" if gains else ""
+            time_ms, gain = np.mean([found.ms(r) for r in mine]), spread(found.above_uniform(mine))
             print(
                 f"| {share} | {method} | {len(mine)} | {time_ms:.4f} | {accuracy:.4f} | {gain} | {nll:.4f} | "
                 f"{gmacs / 1e3:.2f} |"

@@ -88,3 +88,27 @@ def test_the_plan_says_what_a_search_costs(tool: ModuleType, tiny: Any, capsys: 
     assert f"the full network, once: {3e-9 * 16 * 16 * full:.0f}" in text
     assert "of CafeNet's" in text
     assert "with 3 seeds" in text
+
+
+def test_uniform_scaling_is_asked_at_the_same_milliseconds(tool: Any) -> None:
+    def row(method: str, seed: str, widths: str, accuracy: float, ms: float) -> dict[str, str]:
+        return {"setting": "s", "part": "pas", "method": method, "seed": seed, "widths": widths, "share": "0.4",
+                "accuracy": str(accuracy), "predicted_ms": str(ms), "note": ""}  # fmt: skip
+
+    ours = row("PaS, ms", "0", "3", 0.86, 3.0)
+    lines = [ours, row("uniform", "0", "2", 0.80, 2.0), row("uniform", "0", "4", 0.84, 4.0),
+             row("uniform", "0", "5", 0.70, 5.0), row("uniform", "1", "2", 0.1, 2.0)]  # fmt: skip
+    found = tool.Found.of(lines, "s", "pas")
+    assert found.kind == "predicted"
+    assert found.above_uniform([ours]) == pytest.approx([0.04])
+    beyond = row("PaS, ms", "0", "9", 0.86, 9.0)
+    assert found.above_uniform([beyond]) == pytest.approx([0.02])  # a wider one that is worse is not used
+    times = {"2": 1.0, "4": 2.0, "5": 3.0, "3": 2.0}
+    measured = [{**row("", "", widths, 0, ms), "part": "measured", "note": f"{ms} ms measured"}
+                for widths, ms in times.items()]  # fmt: skip
+    found = tool.Found.of([*lines, *measured], "s", "pas")
+    assert found.kind == "measured"
+    assert found.above_uniform([ours]) == pytest.approx([0.02])
+    assert tool.Found.of([*lines, *measured[:2]], "s", "pas").kind == "predicted"
+    assert tool.spread([0.01, 0.03]) == "+2.00 ± 1.00"
+    assert (tool.spread([0.01]), tool.spread([])) == ("+1.00", "")
