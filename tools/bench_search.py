@@ -80,7 +80,8 @@ def cafenet(shared: Seed, rows: Rows, method: str, share: float, **changes: obje
     ready, seed = shared.ready, shared.seed
     config, (task, test), budget = shared.config(**changes), ready.task(seed), ready.budget(share)
     space = stair_edges(ready.space, budget).space
-    net, cost = shared.supernet(space, "stairs")
+    free = {"offset": config.offset, "patterns": config.patterns}
+    net, cost = shared.supernet(space, "stairs" if config.offset else "stairs-slimmable", **free)
     found = CafeNet(
         ready.space, budget, config, model=ready.model, seed=seed, supernet=net,
         folder=shared.path(f"{method.replace(' ', '-')}-{share}"),
@@ -216,6 +217,7 @@ def torch_pruning(shared: Seed, rows: Rows, method: str, share: float, round_to:
 METHODS: dict[str, Callable[[Seed, Rows, str, float], None]] = {
     "ours": cafenet,
     "ours, no finalists": partial(cafenet, finalists=0),
+    "ours, slimmable": partial(cafenet, offset=0, patterns=1),
     "knapsack": simple,
     "magnitude": simple,
     "ours, inherited": inherited,

@@ -226,9 +226,9 @@ class Seed:
         network, _ = train_choice(self.ready.model, space, space.full(), task, training, folder=self.path("full"))
         return network, training_cost(self.ready, training, len(task.train), space.macs(space.full()))
 
-    def supernet(self, space: WidthSpace, name: str) -> tuple[SuperNet, float]:
+    def supernet(self, space: WidthSpace, name: str, **changes: object) -> tuple[SuperNet, float]:
         """A super-network over a space, and what it cost: full and sampled steps, patterns included."""
-        config, (task, _) = self.config(), self.ready.task(self.seed)
+        config, (task, _) = self.config(**changes), self.ready.task(self.seed)
         net = train_supernet(space, self.ready.model, task, config, self.path(f"supernet-{name}"))
         full = space.macs(space.full())
         drawn = float(space.macs_array(WidthGrid.of(space).sample(4000, np.random.default_rng(0))).mean())

@@ -163,12 +163,12 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for module, local in owners[name]:  # tied tensors stay tied
             setattr(module, local, new)
     for module in model.modules():
-        _fix_attributes(module)
+        fix_attributes(module)
     for block in folding_blocks(model).values():
         block.sizes_changed()
 
 
-def _fix_attributes(module: nn.Module) -> None:
+def fix_attributes(module: nn.Module) -> None:
     """Bring a module's size attributes in line with its (already cut) tensors."""
     import torch
     from torch import nn

@@ -1,8 +1,9 @@
 """``SuperNet``: one set of full-width weights that runs as any sub-network of a width space, at its own cost.
 
 The user's eager model is copied and its convolutions, linear and batch-norm layers are replaced, name by name, by
-elastic ones. A pattern (kept units per group) becomes one selector per parameter axis through the space's slots; layers
-then compute on *sliced* weights, so a narrow network costs what it should. Selections without gaps are views.
+elastic ones; any other module that has to change is stretched (``elastic``). A pattern (kept units per group) becomes
+one selector per parameter axis through the space's slots; layers then compute on *sliced* weights, so a narrow network
+costs what it should. Selections without gaps are views.
 
 Batch-norm statistics belong to a sub-network, not to the super-network: training uses the batch's own, and evaluation
 needs ``calibrate`` after every ``activate``.
@@ -23,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hwsearch.errors import InputError, InternalError, UnsupportedModelError
 from hwsearch.graph.surgery import shrink
+from hwsearch.search.elastic import Selector, Stretched, chosen, plainly, stretch
 from hwsearch.search.patterns import IntArray, Pattern
 from hwsearch.train import processes
 from hwsearch.train.batchnorm import recalibrate
@@ -30,9 +32,6 @@ from hwsearch.train.data import Batch
 
 if TYPE_CHECKING:
     from hwsearch.graph.widths import WidthChoice, WidthSpace
-
-#: What is kept of a parameter axis: all of it, a range, or index positions (ascending, int64).
-Selector = slice | Tensor | None
 
 
 class Elastic:
@@ -47,8 +46,8 @@ class ElasticConv2d(Elastic, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, active inputs, H, W) to (B, active outputs, H', W')."""
-        weight = _chosen(_chosen(self.weight, 0, self.outputs), 1, self.inputs)
-        bias = None if self.bias is None else _chosen(self.bias, 0, self.outputs)
+        weight = chosen(chosen(self.weight, 0, self.outputs), 1, self.inputs)
+        bias = None if self.bias is None else chosen(self.bias, 0, self.outputs)
         padding: str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             x = functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -62,8 +61,8 @@ class ElasticLinear(Elastic, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., active inputs) to (..., active outputs)."""
-        weight = _chosen(_chosen(self.weight, 0, self.outputs), 1, self.inputs)
-        return functional.linear(x, weight, None if self.bias is None else _chosen(self.bias, 0, self.outputs))
+        weight = chosen(chosen(self.weight, 0, self.outputs), 1, self.inputs)
+        return functional.linear(x, weight, None if self.bias is None else chosen(self.bias, 0, self.outputs))
 
 
 class _ElasticNorm(Elastic, _BatchNorm):
@@ -76,8 +75,8 @@ class _ElasticNorm(Elastic, _BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, active channels, ...) to the same shape."""
-        weight = None if self.weight is None else _chosen(self.weight, 0, self.outputs)
-        bias = None if self.bias is None else _chosen(self.bias, 0, self.outputs)
+        weight = None if self.weight is None else chosen(self.weight, 0, self.outputs)
+        bias = None if self.bias is None else chosen(self.bias, 0, self.outputs)
         if self.training or not self.track_running_stats:
             if processes.count() > 1 and self.training:
                 return processes.batch_norm(x, weight, bias, self.eps)[0]
@@ -119,7 +118,7 @@ class SuperNet(nn.Module):
         space: its width space, or one restricted from it.
 
     Raises:
-        UnsupportedModelError: a layer of a kind that has no elastic form would have to change its width.
+        UnsupportedModelError: a batch norm of another kind, or a module that would have to change and cannot.
 
     Example:
         >>> net = SuperNet(model, space)
@@ -143,6 +142,7 @@ class SuperNet(nn.Module):
                 )
         self._norms = [module for module in self.model.modules() if isinstance(module, _ElasticNorm)]
         self._axes = _axes(self.model, space)
+        self._stretched = [module for module in self.model.modules() if isinstance(module, Stretched)]
         self.active: Pattern | None = None
         # Part of the checkpoint, so that a resumed training remembers what an unbroken one would.
         widest = max(len(group.widths) for group in space.groups)
@@ -159,6 +159,8 @@ class SuperNet(nn.Module):
             selector = None if pattern is None else axis.selector(pattern.kept)
             for module, name in axis.users:
                 setattr(module, name, selector)
+        for module in self._stretched:
+            module.fit(full=pattern is None)
         for norm in self._norms:
             norm.averages, norm.batches = None, 0
         self.active = pattern
@@ -217,6 +219,7 @@ class SuperNet(nn.Module):
                 for name in ("outputs", "inputs", "averages", "batches", "calibrating"):
                     module.__dict__.pop(name, None)
                 module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]
+            plainly(module)
         for parameter in model.parameters():
             parameter.grad = None
         return model
@@ -262,16 +265,16 @@ def _axes(model: nn.Module, space: WidthSpace) -> list[_Axis]:
         for module, local in owners.get(name, ()):
             if isinstance(module, _ElasticNorm) and local in _STATISTICS:
                 continue  # measured at the active widths, never sliced
-            if not isinstance(module, Elastic) or (local, axis) not in _AXIS_NAMES:
-                raise UnsupportedModelError(
-                    f"{name} belongs to a {type(module).__name__}, which a super-network cannot run at other widths; "
-                    f"keep its widths out of the space with space.restrict, or use {_known()}"
-                )
+            user = (
+                _AXIS_NAMES[local, axis]
+                if isinstance(module, Elastic) and (local, axis) in _AXIS_NAMES
+                else stretch(module, name.rpartition(".")[0] or type(module).__name__, local, axis)
+            )
             size = int(getattr(module, local).shape[axis])
             key = (size, *((index, positions.tobytes()) for index, positions in found))
             users = axes.setdefault(key, _Axis(size, tuple(found))).users
-            if (module, _AXIS_NAMES[local, axis]) not in users:
-                users.append((module, _AXIS_NAMES[local, axis]))
+            if (module, user) not in users:
+                users.append((module, user))
     return list(axes.values())
 
 
@@ -292,15 +295,3 @@ def _selector(index: IntArray, size: int) -> Selector:
     if last - first + 1 == len(index):
         return slice(first, last + 1)
     return torch.from_numpy(index)
-
-
-def _chosen(tensor: Tensor, axis: int, selector: Selector) -> Tensor:
-    if selector is None:
-        return tensor
-    if isinstance(selector, slice):
-        return tensor.narrow(axis, selector.start, selector.stop - selector.start)
-    return tensor.index_select(axis, selector)
-
-
-def _known() -> str:
-    return ", ".join(f"nn.{plain.__name__}" for plain in _ELASTIC)
