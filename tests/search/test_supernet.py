@@ -228,11 +228,10 @@ class OwnNorm(nn.BatchNorm2d):
     """A user's subclass, of which nobody knows what it does."""
 
 
-@pytest.mark.parametrize("norm", [nn.PReLU(8), OwnNorm(8)])
-def test_layers_without_an_elastic_form_are_named(norm: nn.Module) -> None:
-    model = Normed(norm)
+def test_norms_of_other_kinds_are_named() -> None:
+    model = Normed(OwnNorm(8))
     space = WidthSpace.from_model(model, torch.zeros(1, 1, 12, 12))
-    with pytest.raises(UnsupportedModelError, match=rf"norm.* {type(norm).__name__}"):
+    with pytest.raises(UnsupportedModelError, match="norm is a OwnNorm"):
         SuperNet(model, space)
 
 
