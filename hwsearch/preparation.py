@@ -133,6 +133,10 @@ def prepare(config: RunConfig, console: Console) -> Iterator[Prepared]:
             console.say(note)
         console.step("Extracting the width space")
         space, module = width_space(config, module, example)
+        if config.search.method == "cafenet":
+            from hwsearch.search.supernet import SuperNet
+
+            SuperNet(module, space)  # a layer that it cannot run is told now, not after minutes of profiling
         plain = OnnxTemplate(space, fold(module, example, require=False), example)
         console.say(f"  {len(space.groups)} width groups, 10^{space.log10_size:.1f} networks")
         targets = tuple(_target(config, device, plain, run_folder, sessions, console) for device in devices)
