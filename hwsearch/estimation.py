@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from hwsearch.graph.kernel import Kernel
     from hwsearch.graph.onnx_build import OnnxTemplate
     from hwsearch.graph.widths import WidthChoice
-    from hwsearch.latency.explain import Explanation
+    from hwsearch.latency.explain import Explanation, LayerCost
     from hwsearch.latency.memory import Memory
     from hwsearch.latency.predictor import LatencyPredictor, NetworkEstimate
-    from hwsearch.latency.stairs import StairCurve
 
 Told = Callable[[int, int, str], None]
 
@@ -126,15 +125,15 @@ def network_of(
 
 def _folded(argument: ModelArgument) -> str:
     """What folding a module does, in a line."""
-    from hwsearch.reparam.foreign import blocks_of, foreign_blocks
-    from hwsearch.reparam.statistics import is_norm
+    from hwsearch.reparam.fold import plan_fold
 
-    module = argument.need_module()
-    blocks = len(list(blocks_of(module))) + len(foreign_blocks(module))
-    norms = sum(is_norm(inner) for inner in module.modules())
-    if not blocks and not norms:
+    plan = plan_fold(argument.need_module(), argument.example_input)
+    if not plan.blocks and not plan.pairs:
         return f"{argument.spec} has nothing to fold"
-    return f"{argument.spec} is folded first: {blocks} blocks of branches, {norms} batch norms"
+    stay = f"; {len(plan.left)} stay (the first: {plan.left[0][0]}, {plan.left[0][1]})" if plan.left else ""
+    return (
+        f"{argument.spec} is folded first: {len(plan.blocks)} blocks of branches, {len(plan.pairs)} batch norms{stay}"
+    )
 
 
 def pricer(
@@ -266,7 +265,7 @@ def show_explanation(console: Console, title: str, found: Explanation) -> None:
         if layer.channels is not None and layer.runs_as is not None and layer.runs_as > layer.channels:
             channels += f" as {layer.runs_as}"
         row = [layer.name, _kernels(layer), f"{layer.ms:.4g}", f"{100 * layer.share:.1f}", layer.bound, channels]
-        rows.append(row + (_edge_cells(layer.stair) if found.stairs else []))
+        rows.append(row + (_edge_cells(layer) if found.stairs else []))
     costs = [layer.ms for layer in found.layers]
     if found.overhead_ms > 0:
         rest = ["the network itself", "", f"{found.overhead_ms:.4g}", f"{100 * found.overhead_ms / found.ms:.1f}"]
@@ -290,11 +289,11 @@ def _show_rows(console: Console, title: str, columns: list[str], rows: list[list
         )
 
 
-def _edge_cells(stair: StairCurve | None) -> list[str]:
-    if stair is None:
+def _edge_cells(layer: LayerCost) -> list[str]:
+    if layer.stair is None:
         return ["", "", ""]
-    down = ["-", ""] if stair.down is None else [str(stair.down), f"{stair.saved_ms:.3g}"]
-    return [*down, "-" if stair.up is None else str(stair.up)]
+    down = ["-", ""] if layer.down is None else [str(layer.down), f"{layer.stair.saved_ms:.3g}"]
+    return [*down, "-" if layer.up is None else str(layer.up)]
 
 
 def _kernels(layer: Any) -> str:

@@ -104,13 +104,23 @@ class LayerCost:
         """compute, memory or overhead."""
         return self.parts.bound
 
+    @property
+    def down(self) -> int | None:
+        """Output channels at the next stair edge below, see ``StairCurve.down``."""
+        return None if self.stair is None else self.stair.channels_at(self.stair.down, self.channels)
+
+    @property
+    def up(self) -> int | None:
+        """The most output channels that cost no more, see ``StairCurve.up``."""
+        return None if self.stair is None else self.stair.channels_at(self.stair.up, self.channels)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the curves are listed once, beside the layers."""
         stair = self.stair
         return {
             "name": self.name, "ms": self.ms, "share": self.share, "bound": self.bound, **asdict(self.parts),
             "channels": self.channels, "runs_as": self.runs_as, "group": None if stair is None else stair.group,
-            "down": None if stair is None else stair.down, "up": None if stair is None else stair.up,
+            "down": self.down, "up": self.up,
             "saved_ms": 0.0 if stair is None else stair.saved_ms,
             "kernels": [
                 {"node": k.node, "op": k.op, "family": k.family, "ms": cost.ms, "bound": cost.parts.bound}

@@ -48,12 +48,14 @@ def _stair(found: Explanation) -> str:
 
 def _stair_words(found: Explanation, stair: StairCurve) -> str:
     layer = next((layer for layer in found.layers if layer.name in stair.layers), None)
+    channels = layer.channels if layer is not None and layer.channels is not None else stair.width
+    down = stair.channels_at(stair.down, channels)
     runs_as = layer.runs_as if layer is not None else None
-    padded = f" run as {runs_as}" if runs_as is not None and runs_as > stair.width else ""
+    padded = f" run as {runs_as}" if runs_as is not None and runs_as > channels else ""
     name = stair.layers[0] if stair.layers else stair.group
     others = f" (and {_count(len(stair.layers) - 1, 'layer')} tied to it)" if len(stair.layers) > 1 else ""
     saved = f"{stair.saved_ms:.3g} ms ({_percent(stair.saved_ms, found)})"
-    return f"{name}{others}: {stair.width} channels{padded}: {stair.down} would save {saved}"
+    return f"{name}{others}: {channels} channels{padded}: {down} would save {saved}"
 
 
 def _padding(found: Explanation) -> str:

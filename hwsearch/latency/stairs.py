@@ -72,6 +72,12 @@ class StairCurve:
         wider = [w for w, ms in zip(self.widths, self.ms, strict=True) if w > self.width and ms <= limit]
         return max(wider, default=None)
 
+    def channels_at(self, width: int | None, channels: int | None) -> int | None:
+        """What a layer of so many ``channels`` has at another width: a unit may be several (grouped layers, splits)."""
+        if width is None or channels is None or channels % self.width:
+            return width
+        return width * (channels // self.width)
+
     @property
     def saved_ms(self) -> float:
         """What ``down`` saves; 0 where there is none."""

@@ -295,6 +295,15 @@ def test_a_network_of_pure_arithmetic_is_told_so() -> None:
     assert "80 % in a:" in text
 
 
+def test_edges_are_told_in_channels_where_a_unit_is_several() -> None:
+    curve = StairCurve("g", ("a",), 24, 32, (21, 24, 28), (1.0, 10.0, 10.0))
+    split = replace(layer("a", 5.0), channels=48, runs_as=48, stair=curve)
+    assert (split.down, split.up) == (42, 56)
+    assert (split.to_dict()["down"], split.to_dict()["up"]) == (42, 56)
+    found = whole(split, layer("b", 5.0), stairs=(curve,))
+    assert reasons(found)[0].startswith("a: 48 channels: 42 would save 9 ms")
+
+
 def test_a_proportional_saving_is_no_stair() -> None:
     curve = StairCurve("g", ("a",), 64, 64, (32, 64), (7.5, 10.0))
     assert reasons(whole(layer("a", 5.0), layer("b", 5.0), stairs=(curve,)))[0].startswith("100 % of the time is arith")
