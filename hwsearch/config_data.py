@@ -39,7 +39,7 @@ class DataSettings:
     file: Text | None = None
     factory: OwnCode | None = None
     kwargs: dict[str, Any] | None = None
-    task: Literal["classification", "multilabel", "regression"] | None = None
+    task: Literal["classification", "multilabel", "regression", "segmentation"] | None = None
     limit: Count | None = None
     valid: Count | None = None
     label_smoothing: Below1 | None = None

@@ -19,10 +19,11 @@ from hwsearch.graph.factory import call, find_factory
 from hwsearch.train.data import Examples, limit, split
 from hwsearch.train.datasets import as_examples
 from hwsearch.train.npz import load_npz
+from hwsearch.train.segmentation import Segmentation
 from hwsearch.train.task import Classification, MultiLabel, Regression, Task
 
 #: What targets can be, as a config calls it.
-TASKS = ("classification", "multilabel", "regression")
+TASKS = ("classification", "multilabel", "regression", "segmentation")
 
 
 def load_own(
@@ -116,13 +117,16 @@ def as_task(
             shape = "x".join(map(str, target.shape[1:])) or "single values"
             raise InputError(
                 f"the targets of {name} are {str(target.dtype).removeprefix('torch.')}, {shape}: say what they are "
-                "with data.task, multilabel or regression; or return a task of your own"
+                "with data.task, one of multilabel, regression and segmentation (a class a pixel); give whole numbers "
+                "for classes, or return a task of your own"
             )
         task = "classification"
     if task not in TASKS:
         raise InputError(f"data.task is {task!r}: give one of {', '.join(TASKS)}")
     if task == "classification" and (target.is_floating_point() or target.dim() != 1):
         raise InputError(f"data.task is classification, but the targets of {name} are no single whole numbers")
+    if task == "segmentation" and (target.is_floating_point() or target.dim() != 3):
+        raise InputError(f"data.task is segmentation, but the targets of {name} are no whole numbers (H, W)")
     if label_smoothing and task != "classification":
         raise InputError(f"data.label_smoothing is for classes, not {task}: leave it out")
     kept = limit(train, limit_to, seed)
@@ -132,6 +136,8 @@ def as_task(
         raise InputError(f"{name} brings held-out examples of its own: leave data.valid out")
     if task == "classification":
         return Classification(kept, held_out, label_smoothing)
+    if task == "segmentation":
+        return Segmentation(kept, held_out)
     return MultiLabel(kept, held_out) if task == "multilabel" else Regression(kept, held_out)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hwsearch.train.data import Batch, Examples
-from hwsearch.train.task import Evaluation
+from hwsearch.train.task import Evaluation, classes_fit
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,21 @@ class Segmentation:
     higher_is_better: bool = True
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy over pixels."""
-        return functional.cross_entropy(output, batch[1].long())
+        """Mean cross-entropy over pixels.
+
+        Raises:
+            InputError: a class that the network has no output for.
+        """
+        with classes_fit(output, batch[1]):
+            return functional.cross_entropy(output, batch[1].long())
 
     def tally(self, output: Tensor, batch: Batch) -> Tensor:
         """(pixels by true class and told class, row by row; sum of cross-entropies, pixels, examples)."""
         classes = output.shape[1]
+        with classes_fit(output, batch[1]):
+            loss = functional.cross_entropy(output.double(), batch[1].long(), reduction="sum").cpu()
         pairs = batch[1].long().flatten() * classes + output.argmax(dim=1).flatten()
         counts = torch.bincount(pairs, minlength=classes**2).double().cpu()
-        loss = functional.cross_entropy(output.double(), batch[1].long(), reduction="sum").cpu()
         sizes = torch.tensor([float(batch[1].numel()), float(len(output))], dtype=torch.float64)
         return torch.cat([counts, loss[None], sizes])
 

@@ -88,12 +88,12 @@ class Classification:
         Raises:
             InputError: a class that the network has no output for.
         """
-        with _classes_fit(output, batch[1]):
+        with classes_fit(output, batch[1]):
             return functional.cross_entropy(output, batch[1], label_smoothing=self.label_smoothing)
 
     def tally(self, output: Tensor, batch: Batch) -> Tensor:
         """(sum of negative log-likelihoods, number right, number of examples)."""
-        with _classes_fit(output, batch[1]):
+        with classes_fit(output, batch[1]):
             loss = functional.cross_entropy(output.double(), batch[1], reduction="sum")
         right = (output.argmax(dim=1) == batch[1]).sum()
         return torch.stack([loss, right.double(), torch.tensor(float(len(output)), dtype=torch.float64)])
@@ -109,13 +109,14 @@ class Classification:
 
 
 @contextmanager
-def _classes_fit(output: Tensor, classes: Tensor) -> Iterator[None]:
+def classes_fit(output: Tensor, classes: Tensor) -> Iterator[None]:
     """A class beyond the outputs is the user's to mend, and told when it is met: reading all targets may be slow."""
     try:
         yield
     except IndexError as error:
+        wrong = classes.min() if classes.min() < 0 else classes.max()
         raise InputError(
-            f"the data has class {int(classes.max())}, but the network has {output.shape[1]} outputs (classes 0 to "
+            f"the data has class {int(wrong)}, but the network has {output.shape[1]} outputs (classes 0 to "
             f"{output.shape[1] - 1}): give the network as many outputs as there are classes, or number them from 0"
         ) from error
 

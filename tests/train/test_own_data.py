@@ -19,6 +19,7 @@ from hwsearch.train.loop import TrainConfig
 from hwsearch.train.npz import load_npz
 from hwsearch.train.own_data import load_file, load_own
 from hwsearch.train.rehearsal import rehearse
+from hwsearch.train.segmentation import Segmentation
 from hwsearch.train.task import Classification, MultiLabel, Regression, load_task
 
 torch.set_num_threads(1)
@@ -133,6 +134,9 @@ def three():
 def labels():
     return images(20, torch.ones(20, 4)), images(6, torch.ones(6, 4))
 
+def masks(highest=2):
+    return images(20, torch.full((20, 4, 4), highest)), images(6, torch.zeros(6, 4, 4, dtype=torch.int64))
+
 def whole():
     part = DatasetExamples(images(4, torch.ones(4)), "part")
     return Regression(part, part), images(6, torch.ones(6))
@@ -163,6 +167,7 @@ def test_data_sets_of_a_function(module: str, capsys: pytest.CaptureFixture[str]
     assert (len(task.train), len(task.valid), len(test)) == (20, 5, 6)
     assert isinstance(load_own(f"{module}:labels", task="multilabel")[0], MultiLabel)
     assert isinstance(load_own(f"{module}:labels", task="regression")[0], Regression)
+    assert isinstance(load_own(f"{module}:masks", task="segmentation")[0], Segmentation)
     task, test = load_own(f"{module}:whole")
     assert (task.metric_name, len(test)) == ("rmse", 6)
 
@@ -176,6 +181,8 @@ def test_data_sets_of_a_function(module: str, capsys: pytest.CaptureFixture[str]
         ("labels", {}, "are float32, 4: say what they are with data.task"),
         ("labels", {"task": "classification"}, "no single whole numbers"),
         ("labels", {"task": "multilabel", "label_smoothing": 0.1}, "label_smoothing is for classes"),
+        ("masks", {}, r"are int64, 4x4: say what they are with data.task, .* segmentation \(a class a pixel\)"),
+        ("two", {"task": "segmentation"}, r"no whole numbers \(H, W\)"),
         ("two", {"valid": 20}, "cannot hold out 20 of 20"),
         ("three", {"valid": 2}, "brings held-out examples of its own"),
         ("whole", {"valid": 2}, "data.valid is for data sets"),
@@ -305,7 +312,11 @@ def test_a_rehearsal_changes_nothing_and_tells_of_another_size() -> None:
         (net(channels=1), images(), r"fails on the training images, which are 3x4x4 \(model\.input is 1x1x4x4\)"),
         (net(outputs=2), images(), r"the data has class \d, but the network has 2 outputs"),
         (net(), images(target=torch.rand(12)), r"output \(12x3\) and the training targets \(float32 12\) do not go"),
-        (nn.Sequential(net(), nn.Linear(3, 3)), images(target=torch.full((12,), -1)), "do not go together|has class"),
+        (
+            nn.Sequential(net(), nn.Linear(3, 3)),
+            images(target=torch.full((12,), -1)),
+            "has class -1, but the network has 3",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_one_line(model: nn.Module, found: Any, words: str) -> None:
@@ -313,6 +324,13 @@ def test_what_does_not_go_together_is_one_line(model: nn.Module, found: Any, wor
     with pytest.raises(InputError, match=words) as caught:
         rehearse(model, task, task.valid, TrainConfig(), (1, 1, 4, 4))
     assert "\n" not in str(caught.value)
+
+
+def test_a_class_a_pixel_that_the_network_has_no_output_for(module: str) -> None:
+    task, test = load_own(f"{module}:masks", {"highest": 3}, task="segmentation")
+    with pytest.raises(InputError, match="has class 3, but the network has 3 outputs"):
+        rehearse(nn.Conv2d(3, 3, 1), task, test, TrainConfig(), (1, 3, 4, 4))
+    assert rehearse(nn.Conv2d(3, 4, 1), task, test, TrainConfig(), (1, 3, 4, 4)) == ()
 
 
 def test_weights_that_are_not_numbers_are_told_before_the_search() -> None:
