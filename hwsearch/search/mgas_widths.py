@@ -29,11 +29,10 @@ from hwsearch.search.mgas_filter_search import COLUMNS, Filters, FilterSearch
 from hwsearch.search.mgas_filters import FilterNet
 from hwsearch.search.mgas_weight_search import check_smallest, thinned
 from hwsearch.search.mgas_widths_config import FilterConfig
-from hwsearch.search.pas_masks import unmaskable
+from hwsearch.search.pas_masks import gated_space
 from hwsearch.search.result import SearchResult
 from hwsearch.search.searcher import NetworkSearcher, plain_settings
 from hwsearch.search.settle import Settled, settle
-from hwsearch.search.stairs import stair_edges
 from hwsearch.search.winner import finish, train_choice
 from hwsearch.train.data import Shuffle, in_order, limit
 from hwsearch.train.loop import OwnRate, background, evaluate, laid_out, run_steps, settings
@@ -80,12 +79,7 @@ class MgasWidths(NetworkSearcher[FilterConfig]):
 
     def _search(self, run: RunFolder, train: Any, valid: Any, progress: Progress | None) -> SearchResult:
         task = as_task(train, valid)
-        fixed = unmaskable(self.space)
-        stairs = stair_edges(self.space, self.budget)
-        full = {group.name: (group.units,) for index, group in enumerate(self.space.groups) if index in fixed}
-        space = stairs.space.restrict(full)
-        self.budget.check_reachable(space)
-        run.event("stairs", summary=stairs.summary(), fixed=sorted(full))
+        space, fixed = gated_space(self.space, self.budget, run)
         job = _Job(self, run, space, task, progress)
         job.search()
         gated = evaluate(job.net, task, task.valid, job.training)
@@ -103,7 +97,7 @@ class MgasWidths(NetworkSearcher[FilterConfig]):
             "trajectory": job.trajectory(),
             "cut_at_end": int(job.filters.control[2]),
             "kept_units": {name: units.tolist() for name, units in kept.items()},
-            "fixed_groups": sorted(full),
+            "fixed_groups": fixed,
             "log10_searched": space.log10_size,
             **thin,
         }

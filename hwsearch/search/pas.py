@@ -30,11 +30,10 @@ from hwsearch.search.grid import WidthGrid, row_keys
 from hwsearch.search.pas_config import PasConfig
 from hwsearch.search.pas_cost import BudgetTerm, PolynomialSurrogate
 from hwsearch.search.pas_gates import GatedNet
-from hwsearch.search.pas_masks import START, THRESHOLD, MaskedNet, unmaskable
+from hwsearch.search.pas_masks import START, THRESHOLD, MaskedNet, gated_space
 from hwsearch.search.result import SearchResult
 from hwsearch.search.searcher import NetworkSearcher
 from hwsearch.search.settle import Settled, settle
-from hwsearch.search.stairs import stair_edges
 from hwsearch.search.winner import finish, train_choice
 from hwsearch.train.data import Batch, in_order, limit
 from hwsearch.train.loop import OwnRate, Progress, background, evaluate, laid_out, run_steps, settings, train
@@ -75,12 +74,7 @@ class PaS(NetworkSearcher[PasConfig]):
 
     def _search(self, run: RunFolder, train: Any, valid: Any, progress: Progress | None) -> SearchResult:
         task = as_task(train, valid)
-        fixed = unmaskable(self.space)
-        stairs = stair_edges(self.space, self.budget)
-        full = {group.name: (group.units,) for index, group in enumerate(self.space.groups) if index in fixed}
-        space = stairs.space.restrict(full)
-        self.budget.check_reachable(space)
-        run.event("stairs", summary=stairs.summary(), fixed=sorted(full))
+        space, fixed = gated_space(self.space, self.budget, run)
         job = _Job(self, run, space, task, progress)
         job.search()
         settled, candidates = job.settle()
@@ -92,7 +86,7 @@ class PaS(NetworkSearcher[PasConfig]):
             "cost": self.config.cost,
             "trajectory": job.trajectory(),
             "kept_units": {name: units.tolist() for name, units in kept.items()},
-            "fixed_groups": sorted(full),
+            "fixed_groups": fixed,
             "log10_searched": space.log10_size,
         }
         return self._result(settled, candidates, (model, evaluation), task, extra)

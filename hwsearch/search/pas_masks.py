@@ -26,12 +26,15 @@ from torch.func import functional_call
 from hwsearch.errors import InputError, UnsupportedModelError
 from hwsearch.graph.surgery import named_tensors, shrink
 from hwsearch.reparam.fold import fold
+from hwsearch.search.stairs import stair_edges
 from hwsearch.train.batchnorm import recalibrate
 from hwsearch.train.data import Batch
 from hwsearch.train.seeds import generator
 
 if TYPE_CHECKING:
     from hwsearch.graph.widths import WidthChoice, WidthSpace
+    from hwsearch.search.budget import Budget
+    from hwsearch.search.run_folder import RunFolder
 
 THRESHOLD = 0.5
 #: Where latent weights begin: the trained network's function, and half a unit above the threshold.
@@ -313,3 +316,22 @@ def unmaskable(space: WidthSpace) -> tuple[int, ...]:
             "nothing that could silence it; use another search method"
         )
     return found
+
+
+def gated_space(space: WidthSpace, budget: Budget, run: RunFolder) -> tuple[WidthSpace, list[str]]:
+    """What a search by gates chooses from: widths on stair edges, groups that no mask can stand for at full width.
+
+    Returns:
+        The space, and the names of the groups that stay; the run's events tell of both.
+
+    Raises:
+        InfeasibleBudgetError: nothing in it keeps the budget.
+        InputError: see ``unmaskable``.
+    """
+    fixed = unmaskable(space)
+    stairs = stair_edges(space, budget)
+    full = {group.name: (group.units,) for index, group in enumerate(space.groups) if index in fixed}
+    found = stairs.space.restrict(full)
+    budget.check_reachable(found)
+    run.event("stairs", summary=stairs.summary(), fixed=sorted(full))
+    return found, sorted(full)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hwsearch.errors import InfeasibleBudgetError, InputError
 from hwsearch.graph.widths import WidthSpace
@@ -22,9 +23,13 @@ from hwsearch.search.conetv2_rules import Annealed, Published
 from hwsearch.search.quality import NetworkQuality, SideQuality
 from hwsearch.search.result import SearchResult
 from hwsearch.search.trials import Trial
-from hwsearch.train.data import Batch, TensorExamples, synthetic_images
+from hwsearch.train.data import TensorExamples, synthetic_images
 from hwsearch.train.loop import TrainConfig, evaluate
 from hwsearch.train.task import Classification, Regression
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from mortal import Killed, Mortal
 
 torch.set_num_threads(1)
 
@@ -198,24 +203,6 @@ def test_layer_metrics_of_every_epoch_are_in_the_run_folder(case: Any, toy: Any,
         widths = dict(zip((group.name for group in space.groups), record["widths"], strict=True))
         assert record["layers"][0]["channels"] == widths["0"]
         assert 0 <= record["mean_quality"] <= np.pi / 2
-
-
-class Killed(Exception):
-    """Stands for a kill: raised in the middle of a step."""
-
-
-@dataclass(frozen=True)
-class Mortal(Classification):
-    """The same task, which ends its process at one of its steps."""
-
-    last: int = 0
-    steps: list[int] = field(default_factory=list)
-
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        self.steps.append(0)
-        if len(self.steps) > self.last:
-            raise Killed
-        return super().loss(output, batch)
 
 
 # Trials take 12 steps of 2 epochs each; 36 are 3 trials, 48 the published one's 4.

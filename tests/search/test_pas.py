@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from hwsearch.search.winner import train_choice
 from hwsearch.train.data import Batch, synthetic_images
 from hwsearch.train.loop import OwnRate, TrainConfig, evaluate, run_steps, train
 from hwsearch.train.task import Classification
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from mortal import Killed, Mortal
 
 torch.set_num_threads(1)
 
@@ -252,24 +257,6 @@ def test_a_hard_push_stops_at_the_smallest_width_and_the_gradient_lives(case: An
 
 
 # ---- resuming ----
-
-
-class Killed(Exception):
-    """Stands for a kill: raised in the middle of a step."""
-
-
-@dataclass(frozen=True)
-class Mortal(Classification):
-    """The same task, which ends its process at one of its steps."""
-
-    last: int = 0
-    steps: list[int] = field(default_factory=list)
-
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        self.steps.append(0)
-        if len(self.steps) > self.last:
-            raise Killed
-        return super().loss(output, batch)
 
 
 # 6 steps of warm-up, 24 of search, 8 of fine-tuning

@@ -10,36 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from hwsearch.errors import InputError
-from hwsearch.graph.widths import WidthSpace
 from hwsearch.search.budget import Budget, Limit, MegaMacs
 from hwsearch.search.cafenet import CafeNet, CafeNetConfig
 from hwsearch.search.evolution import EvolutionSettings
 from hwsearch.search.scoring import ScoringConfig
 from hwsearch.train import processes
-from hwsearch.train.data import synthetic_images
 from hwsearch.train.loop import TrainConfig
-from hwsearch.train.task import Classification
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from small_cafenet import small_model, small_space, small_task
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def search(folder: Path) -> dict[str, object]:
     """A whole small search: super-network, evolution, finalists, winner."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
-    )  # fmt: skip
-    space = WidthSpace.from_model(model, torch.zeros(1, 1, 8, 8), quantum=2)
-    task = Classification(
-        synthetic_images(96, classes=4, shape=(1, 8, 8), seed=1),
-        synthetic_images(64, classes=4, shape=(1, 8, 8), seed=2),
-    )
+    model, task = small_model(), small_task()
+    space = small_space(model)
     training = TrainConfig(steps=6, batch_size=16, learning_rate=0.05, checkpoint_s=0)
     config = CafeNetConfig(
         training=training, winner=training, bins="none", finalists=2, finalist_share=0.5,
