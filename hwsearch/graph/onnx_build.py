@@ -88,8 +88,10 @@ class OnnxTemplate:
                 failure = self._failure(folded, example_input)
         if failure is not None:
             advice = "avoid sizes written as numbers in its forward"
-            if any(type(module).__name__.startswith("BatchNorm") for module in folded.modules()):
-                advice = "fold its batch normalisation first"
+            if any(hasattr(module, "weight_v") for module in folded.modules()):
+                advice = "its weights are computed anew (torch.nn.utils.weight_norm): call remove_weight_norm first"
+            elif any(type(module).__name__.startswith("BatchNorm") for module in folded.modules()):
+                advice += ", or fold its batch normalisation first where that is not done"
             raise UnsupportedModelError(
                 f"slices of the ONNX file of {type(folded).__name__} do not match the shrunk model: {failure}; {advice}"
             )

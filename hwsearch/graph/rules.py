@@ -43,8 +43,11 @@ class Context:
         factors = [factor for value in values_in((node.args, node.kwargs), environment) for factor in value.factors]
         if factors:
             self.unknown.append(where)
+        # weight norm and its kin, old and new: weights that are computed anew in every forward
+        computed = ".parametrizations." in where or "_weight_norm" in where
+        advice = ": remove the parametrisation, as torch.nn.utils.parametrize.remove_parametrizations does"
         for factor in factors:
-            self.ids.freeze(factor, f"no rule for {where}")
+            self.ids.freeze(factor, f"no rule for {where}{advice if computed else ''}")
         return plain_value(node)
 
 

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from hwsearch.errors import CheckFailedError, InputError, InternalError, UnsupportedModelError
 from hwsearch.reparam.algebra import scale_and_shift
 from hwsearch.reparam.foreign import blocks_of, fold_foreign, foreign_blocks, replace_modules
-from hwsearch.reparam.trace import Call, batch_norms, is_plain_norm, trace
+from hwsearch.reparam.trace import Call, batch_norms, is_plain_affine, is_plain_norm, trace
 
 #: Largest error of a folded network against the original, relative to the largest output, by type of the output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -125,10 +125,10 @@ def fold(
     """A copy of the model with every block of branches one convolution, and every foldable batch norm merged.
 
     An ``ODBB``, or a block of another library that brings ``fuse``, ``reparameterize``, ``switch_to_deploy`` or
-    ``merge_kernel``, is replaced by what it folds into. The layers keep their names, dtype, memory format and
-    ``requires_grad``, and gain a bias; each folded batch norm becomes ``nn.Identity``. Products are computed in float64
-    and rounded once. With an example input the copy is also run against the original. An optimiser made for the
-    original does not know the copy's parameters.
+    ``merge_kernel``, is replaced by what it folds into. Weight norm and its kin become the weight that they compute.
+    The layers keep their names, dtype, memory format and ``requires_grad``, and gain a bias; each folded batch norm
+    becomes ``nn.Identity``. Products are computed in float64 and rounded once. With an example input the copy is also
+    run against the original. An optimiser made for the original does not know the copy's parameters.
 
     Args:
         model: in eval mode; not changed.
@@ -152,10 +152,17 @@ def fold(
     folded, plan = fold_blocks(model, example_input, minimal=minimal, foreign=foreign)
     if require and not plan.pairs and not plan.blocks:
         reasons = "; ".join(f"{name}: {why}" for name, why in plan.left[:3]) or "the model has no batch norm"
-        raise InputError(f"nothing to fold in {type(model).__name__} ({reasons}); pass require=False to accept that")
+        raise InputError(
+            f"nothing to fold in {type(model).__name__} ({reasons}): it is deployed as it stands (from Python, "
+            "require=False takes it so)"
+        )
     folded = _copied(model) if folded is model else folded
     with torch.no_grad():
         new = dict(_fold_pair(folded, layer_name, norm_name) for layer_name, norm_name in plan.pairs)
+        for layer in folded.modules():
+            # what is left of weight norm and its kin: an exporter would bake in the weights of the moment
+            if is_plain_affine(layer) and parametrize.is_parametrized(layer):
+                _materialise(layer)
     replace_modules(folded, new)  # a norm may be registered under several names
     if example_input is not None:
         _compare(model, folded, example_input)

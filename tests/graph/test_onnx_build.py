@@ -107,8 +107,35 @@ def test_slice_refuses_a_foreign_choice() -> None:
 def test_unfolded_batch_normalisation_is_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     example = torch.randn(zoo.IMAGE)
-    with pytest.raises(UnsupportedModelError, match="fold its batch normalisation first"):
+    with pytest.raises(UnsupportedModelError, match="fold its batch normalisation first where"):
         OnnxTemplate(WidthSpace.from_model(model, example), model, example)
+
+
+def weight_normed(wrap: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1))
+    model[3] = wrap(model[3])  # type: ignore[operator]
+    return model.eval()
+
+
+def test_what_is_left_of_weight_norm_keeps_its_size_and_the_rest_can_change() -> None:
+    model, example = weight_normed(nn.utils.parametrizations.weight_norm), torch.randn(1, 3, 12, 12)
+    space = WidthSpace.from_model(model, example)
+    assert [group.name for group in space.groups] == ["0"]
+    assert any(
+        "no rule for _weight_norm" in why and "remove_parametrizations" in why for why in space.frozen_reasons.values()
+    )
+    template = OnnxTemplate(space, fold(model, example, require=False), example)
+    small = shrink(model, space, space.smallest())
+    assert same(template.slice(space.smallest()), small, example)
+    assert "3.parametrizations.weight.original0" in small.state_dict(), "the network that is trained keeps it"
+
+
+def test_weight_norm_by_a_hook_is_named() -> None:
+    model, example = weight_normed(nn.utils.weight_norm), torch.randn(1, 3, 12, 12)
+    space = WidthSpace.from_model(model, example)
+    with pytest.raises(UnsupportedModelError, match="call remove_weight_norm first"):
+        OnnxTemplate(space, fold(model, example, require=False), example)
 
 
 def test_export_names_shapes_and_nothing_of_the_machine() -> None:
