@@ -81,7 +81,7 @@ class ImageFiles:
         try:
             with pillow.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
             raise SchemaError(f"{path} is no image that can be read ({error}); restore it") from error
         width, height = image.size
         if augment is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch.nn import functional
 
 from hwsearch.errors import InputError, SchemaError
 from hwsearch.train.data import Subset
-from hwsearch.train.folders import IMAGENET_MEAN, IMAGENET_STD, attributes, cifar10, class_folders
+from hwsearch.train.folders import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, attributes, cifar10, class_folders
 from hwsearch.train.task import Classification, MultiLabel, load_task
 
-pytest.importorskip("PIL")
+Image = pytest.importorskip("PIL.Image")
 
 _FOUND = importlib.util.spec_from_file_location("stand_ins", Path(__file__).with_name("stand_ins.py"))
 assert _FOUND is not None
@@ -44,6 +45,15 @@ def test_augmentation_is_the_generators_and_changes_the_cut(tmp_path: Path) -> N
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert not torch.equal(one, plain)
+
+
+def test_an_image_that_claims_to_be_enormous_is_told(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "huge.bmp")
+    content = bytearray((tmp_path / "huge.bmp").read_bytes())
+    content[18:26] = struct.pack("<ii", 400_000, 400_000)
+    (tmp_path / "huge.bmp").write_bytes(content)
+    with pytest.raises(SchemaError, match=r"huge\.bmp is no image that can be read"):
+        ImageFiles((tmp_path / "huge.bmp",), torch.zeros(1), 8).take(np.array([0]))
 
 
 def test_a_folder_without_classes_and_a_broken_image_are_told(tmp_path: Path) -> None:
