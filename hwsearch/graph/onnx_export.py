@@ -43,7 +43,8 @@ def export_onnx(model: nn.Module, example_input: Tensor) -> bytes:
         check_depth(model, calls.number)
         if not isinstance(output, torch.Tensor):
             raise UnsupportedModelError(
-                f"{type(model).__name__} returns {type(output).__name__}; return one tensor to export to ONNX"
+                f"{type(model).__name__} returns {type(output).__name__}; return one tensor to export to ONNX "
+                "(torch.cat joins heads)"
             )
         size = sum(tensor.numel() * tensor.element_size() for tensor in named_tensors(model).values())
         if size > _MAX_BYTES:

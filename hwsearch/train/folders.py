@@ -110,9 +110,11 @@ def class_folders(folder: str | Path, *, size: int = 224) -> tuple[ImageFiles, I
     other = "test" if not (root / "val").is_dir() and (root / "test").is_dir() else "val"
     names = {part: sorted(p.name for p in _listed(root / part) if p.is_dir()) for part in ("train", other)}
     if names["train"] != names[other] or not names["train"]:
+        odd = sorted({*names["train"]} ^ {*names[other]})
+        alone = f", {odd[0]} in one of them alone" if odd else ""
         raise InputError(
-            f"{root} has {len(names['train'])} classes in train and {len(names[other])} in {other}: give ImageNet's "
-            "layout, train/<class>/ and val/<class>/ with the same classes"
+            f"{root} has {len(names['train'])} classes in train and {len(names[other])} in {other}{alone}: give "
+            "ImageNet's layout, train/<class>/ and val/<class>/ with the same classes"
         )
     parts = []
     for part in ("train", other):

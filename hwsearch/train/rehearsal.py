@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +39,7 @@ def rehearse(
     with evaluation_mode(model), torch.no_grad(), settings(config):
         for examples, name in ((task.train, "training"), (task.valid, "held-out"), (test, "test")):
             _try(model, task, examples, name, config, tuple(input_shape))
+        _try_training(model, task, config)
     if config.callback is not None:
         make_callback(config.callback)
     shape = tuple(task.train.take(np.arange(1))[0].shape[1:])
@@ -61,7 +63,9 @@ def _try(
             f"the network fails on the {name} images, which are {images} (model.input is {_sizes(input_shape)}): "
             f"{failure(error)}; change the data, or the network"
         ) from error
-    told = _sizes(tuple(output.shape)) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    if not isinstance(output, Tensor):
+        raise InputError(_several(model, output, "returns"))
+    told = _sizes(tuple(output.shape))
     try:
         loss = task.loss(output, batch)
         worth = task.summary(task.tally(output, batch))
@@ -80,6 +84,33 @@ def _try(
             f"the loss on a few {name} examples is {float(loss)}: look for numbers in the data or the weights that are "
             "not finite"
         )
+
+
+def _try_training(model: nn.Module, task: Task, config: TrainConfig) -> None:
+    """A step's forward on a copy in training mode, whose code may differ (a second head, dropout, a batch norm)."""
+    batch = laid_out(task.train.take(np.arange(min(_TRAINING, config.batch_size, len(task.train)))), config)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            learner = copy.deepcopy(model).train()
+            output = learner(batch[0])
+        except Exception as error:
+            raise InputError(
+                f"the network fails in training mode, on {_sizes(tuple(batch[0].shape))}: {failure(error)}; change the "
+                "network, or train.batch_size"
+            ) from error
+    if isinstance(output, Tensor):
+        return
+    try:
+        task.loss(output, batch)  # a task of the user's own may know what to do with a second head
+    except Exception as error:
+        raise InputError(_several(model, output, "returns in training mode")) from error
+
+
+def _several(model: nn.Module, output: object, when: str) -> str:
+    return (
+        f"{type(model).__name__} {when} a {type(output).__name__}: give a network that returns one tensor (torch.cat "
+        "joins heads, and the loss of a task of your own takes them apart)"
+    )
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -326,6 +326,38 @@ def test_what_does_not_go_together_is_one_line(model: nn.Module, found: Any, wor
     assert "\n" not in str(caught.value)
 
 
+class Heads(nn.Module):
+    """A second head, in training alone or always."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.body, self.always = net(), always
+
+    def forward(self, x: torch.Tensor) -> Any:
+        out = self.body(x)
+        return (out, out) if self.always or self.training else out
+
+
+def test_a_network_of_several_outputs_is_told_before_the_search() -> None:
+    task = task_of(images())
+    for always, words in (
+        (True, "Heads returns a tuple: .*torch.cat"),
+        (False, "Heads returns in training mode a tup"),
+    ):
+        with pytest.raises(InputError, match=words):
+            rehearse(Heads(always), task, task.valid, TrainConfig(), (1, 3, 4, 4))
+
+
+def test_what_fails_in_training_mode_alone_is_told_before_the_search() -> None:
+    task = task_of(images())
+    model = nn.Sequential(net(), nn.BatchNorm1d(3))
+    state = torch.random.get_rng_state()
+    assert rehearse(model, task, task.valid, TrainConfig(), (1, 3, 4, 4)) == ()
+    assert torch.equal(state, torch.random.get_rng_state())
+    with pytest.raises(InputError, match="fails in training mode, on 1x3x4x4: ValueError: Expected more than 1 value"):
+        rehearse(model, task, task.valid, TrainConfig(batch_size=1), (1, 3, 4, 4))
+
+
 def test_a_class_a_pixel_that_the_network_has_no_output_for(module: str) -> None:
     task, test = load_own(f"{module}:masks", {"highest": 3}, task="segmentation")
     with pytest.raises(InputError, match="has class 3, but the network has 3 outputs"):
