@@ -120,7 +120,7 @@ def _stairs(page: Page, found: dict[str, Any]) -> list[str]:
     if not lines:
         return [absent(note[:1].upper() + note[1:] + ".")] if (note := word(found.get("note"))) else []
     chosen = sorted(lines, key=lambda line: min(line.ms) - max(line.ms))[:_CURVES]
-    drawn = [page.figure(figures.stair(line), f"Predicted ms over the channels of {line.group}") for line in chosen]
+    drawn = [page.figure(figures.stair(line), f"Predicted ms over the units of {line.group}") for line in chosen]
     lead = "The whole network's predicted milliseconds over the width of one group, the others as they are: where it "
     lead += "stands, the next edge down, and the widest width that costs no more."
     return [f'<p class="note">{text(lead)}</p>', *(halves(*drawn[at : at + 2]) for at in range(0, len(drawn), 2))]

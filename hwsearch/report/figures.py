@@ -136,7 +136,7 @@ def layers(found: Sequence[LayerBar]) -> Figure:
 
 def stair(curve: StairLine) -> Figure:
     """The network's milliseconds over the widths of one group, with where it stands and the edges beside it."""
-    hover = "%{x} channels: %{y:.4g} ms<extra></extra>"
+    hover = "%{x} units: %{y:.4g} ms<extra></extra>"
     data = [_line("", list(curve.widths), list(curve.ms), FOUND, hover=hover)]
     at = dict(zip(curve.widths, curve.ms, strict=True))
     for name, width, colour, symbol in (
@@ -148,7 +148,7 @@ def stair(curve: StairLine) -> Figure:
             words = f"{name} {width:g}: %{{y:.4g}} ms<extra></extra>"
             data.append(_points(f"{name} {width:g}", [width], [at[width]], colour, words, size=11, symbol=symbol))
     data[0]["showlegend"] = False
-    x = {"title": f"channels of {label(curve.group, 32)}"}
+    x = {"title": f"units of {label(curve.group, 32)}"}
     return _figure(data, x, {"title": "predicted ms", "rangemode": "tozero"}, 280, narrow_height=270)
 
 

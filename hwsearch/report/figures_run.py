@@ -33,7 +33,10 @@ def trained(rows: Sequence[Row], budget_ms: float | None, metric: str) -> Figure
     room = max((max(values) - min(values)) * 0.35, abs(max(values)) * 0.01, 1e-6)
     line = {} if budget_ms is None else mark(budget_ms, f"budget {as_ms(budget_ms)} ms", top=True)
     low, high = min(values) - room, max(values) + room
-    y = {"title": label(metric), "range": [low, min(high, 1.05) if share else high], "nticks": 6}
+    y = {"title": label(metric), "range": [low, high], "nticks": 6}
+    if share and high > 1:  # room for the names, but no tick above all of them right
+        step = next((step for step in (0.005, 0.01, 0.02, 0.05, 0.1) if (1 - low) / step <= 5), 0.25)
+        y |= {"tickvals": [round(1 - step * at, 3) for at in range(5, -1, -1) if 1 - step * at >= low]}
     y |= {"tickformat": ".0%" if high - low > 0.1 else ".1%"} if share else {}
     return chart(data, {"title": "ms", "range": [0, most * 1.15]}, y, 420, narrow_height=340, showlegend=False, **line)
 

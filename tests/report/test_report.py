@@ -14,6 +14,8 @@ import pytest
 
 from hwsearch.errors import InputError
 from hwsearch.report import report
+from hwsearch.report.figures_run import trained
+from hwsearch.report.run_data import Row
 
 DAMAGE = ["", "{", "[]", "null", "3", '{"rows": 3}', '{"limits": [[]], "candidates": {}}', "[[[]]]"]
 FILES = [
@@ -386,11 +388,11 @@ def test_why_it_is_not_faster(run_folder: Path) -> None:
     assert stem == pytest.approx([0.012, 0.004, 0.004])
     titles = [figure["layout"]["xaxis"]["title"]["text"] for figure in figures(page).values()]
     # The groups whose width moves the time most, the most first.
-    assert [title for title in titles if title.startswith("channels of")] == [
-        "channels of head.fc", "channels of stages.2.1.conv2", "channels of stages.2.1.conv1",
-        "channels of stages.2.0.conv2",
+    assert [title for title in titles if title.startswith("units of")] == [
+        "units of head.fc", "units of stages.2.1.conv2", "units of stages.2.1.conv1",
+        "units of stages.2.0.conv2",
     ]  # fmt: skip
-    fc = next(f for f in figures(page).values() if f["layout"]["xaxis"]["title"]["text"] == "channels of head.fc")
+    fc = next(f for f in figures(page).values() if f["layout"]["xaxis"]["title"]["text"] == "units of head.fc")
     names = [trace["name"] for trace in fc["data"][1:]]
     assert names == ["down to 248", "now 254", "free up to 256"]
     assert "30 as 32" in outline.text
@@ -496,3 +498,18 @@ def test_the_card_is_found_by_the_devices_name(run_folder: Path, home: Path, mad
     assert "Mean error 6.1 %" in read(report(run_folder))[1].text
     change(run_folder / "summary.json", lambda s: s.update(device="../../../etc"))
     assert "No predictor card" in read(report(run_folder))[1].text
+
+
+@pytest.mark.parametrize("metrics", [(1.0, 1.0), (1.0, 0.86), (0.4, 0.99)])
+def test_no_tick_of_an_accuracy_lies_above_all(metrics: tuple[float, float]) -> None:
+    rows = [
+        Row(name, measured_ms=ms, metric=metric)
+        for name, ms, metric in zip(("full", "found"), (2.0, 1.0), metrics, strict=True)
+    ]
+    figure = trained(rows, 1.1, "accuracy")
+    assert figure is not None
+    axis = figure["layout"]["yaxis"]
+    ticks = axis["tickvals"]
+    assert ticks[-1] == 1.0
+    assert 2 <= len(ticks) <= 6
+    assert axis["range"][0] <= ticks[0]
