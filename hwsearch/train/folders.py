@@ -26,7 +26,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: The same of CIFAR-10.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+#: Of the picture files that are read.
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _TEST_SHARE = 5  # one in so many
 _RECORD = 1 + 3 * 32 * 32
 
@@ -108,7 +109,7 @@ def class_folders(folder: str | Path, *, size: int = 224) -> tuple[ImageFiles, I
     """
     root = Path(folder)
     other = "test" if not (root / "val").is_dir() and (root / "test").is_dir() else "val"
-    names = {part: sorted(p.name for p in _listed(root / part) if p.is_dir()) for part in ("train", other)}
+    names = {part: sorted(p.name for p in _listed(root / part) if _is_class(p)) for part in ("train", other)}
     if names["train"] != names[other] or not names["train"]:
         odd = sorted({*names["train"]} ^ {*names[other]})
         alone = f", {odd[0]} in one of them alone" if odd else ""
@@ -122,7 +123,7 @@ def class_folders(folder: str | Path, *, size: int = 224) -> tuple[ImageFiles, I
             (path, number)
             for number, name in enumerate(names[part])
             for path in sorted(_listed(root / part / name))
-            if path.suffix.lower() in _ENDINGS
+            if path.suffix.lower() in ENDINGS
         ]
         targets = torch.tensor([number for _, number in pairs], dtype=torch.int64)
         parts.append(ImageFiles(tuple(path for path, _ in pairs), targets, size))
@@ -134,7 +135,7 @@ def has_class_folders(folder: str | Path) -> bool:
     root = Path(folder)
     if not root.is_dir():
         return False
-    found = (p for p in _listed(root) if p.is_dir() and any(q.suffix.lower() in _ENDINGS for q in _listed(p)))
+    found = (p for p in _listed(root) if _is_class(p) and any(q.suffix.lower() in ENDINGS for q in _listed(p)))
     return len(list(itertools.islice(found, 2))) == 2
 
 
@@ -149,9 +150,9 @@ def unsplit_class_folders(folder: str | Path, *, size: int = 224, seed: int = 0)
     root = Path(folder)
     train: list[tuple[Path, int]] = []
     test: list[tuple[Path, int]] = []
-    names = sorted(p.name for p in _listed(root) if p.is_dir() and not p.name.startswith("."))
+    names = sorted(p.name for p in _listed(root) if _is_class(p))
     for number, name in enumerate(names):
-        paths = sorted(path for path in _listed(root / name) if path.suffix.lower() in _ENDINGS)
+        paths = sorted(path for path in _listed(root / name) if path.suffix.lower() in ENDINGS)
         spared = len(paths) // _TEST_SHARE
         if not spared:
             raise InputError(f"{root / name} has {len(paths)} pictures: give {_TEST_SHARE} or more of each class")
@@ -236,6 +237,11 @@ def _records(paths: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
         raise SchemaError(f"{paths[0].parent} has class {rows[:, 0].max()}, not 0 to 9; download CIFAR-10 again")
     images = torch.from_numpy(rows[:, 1:].reshape(-1, 3, 32, 32).copy())
     return images, torch.from_numpy(rows[:, 0].astype(np.int64))
+
+
+def _is_class(path: Path) -> bool:
+    """Not a folder that an editor or a file system left there (``.ipynb_checkpoints``)."""
+    return path.is_dir() and not path.name.startswith(".")
 
 
 def _listed(folder: Path) -> list[Path]:

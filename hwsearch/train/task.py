@@ -244,6 +244,11 @@ def load_task(
         whole, test = folders.cifar10(data, shift=shift, flip=flip)
     elif folders.has_class_folders(data):
         whole, test = folders.unsplit_class_folders(data, size=size, seed=seed)
+    elif Path(data).is_dir() and not any(any(Path(data).glob(p)) for p in ("*ubyte*", "*/*ubyte*")):
+        raise InputError(
+            f"the folder {data} holds no pictures in folders of two or more classes ({', '.join(folders.ENDINGS)}), "
+            "neither by themselves nor in train/ and val/, and no data set as published: give a folder a class"
+        )
     elif Path(data).is_dir():
         whole, test = load_fashion_mnist(data, shift=shift, flip=flip)
     else:

@@ -62,6 +62,8 @@ def test_a_folder_without_classes_and_a_broken_image_are_told(tmp_path: Path) ->
     with pytest.raises(InputError, match=r"in val, n01 in one of them alone: .* same classes"):
         class_folders(root)
     (root / "val" / "other").rename(root / "val" / "n01")
+    (root / "val" / ".checkpoints").mkdir()  # what editors leave is no class
+    assert len(class_folders(root)[1]) == 4
     next((root / "train" / "n00").iterdir()).write_bytes(b"no image")
     with pytest.raises(SchemaError, match="no image that can be read"):
         class_folders(root, size=8)[0].take(np.arange(2))

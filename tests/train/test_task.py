@@ -107,6 +107,9 @@ def test_a_name_stands_for_a_task(tmp_path: Path) -> None:
     assert task.label_smoothing == 0.1
     with pytest.raises(InputError, match="'imagenet' is neither"):
         load_task("imagenet")
+    with pytest.raises(InputError, match=r"holds no pictures in folders of two or more classes \(\.jpg, .*"):
+        load_task(str(tmp_path))
+    (tmp_path / "train-labels-idx1-ubyte").touch()
     with pytest.raises(InputError, match="lacks train-images"):
         load_task(str(tmp_path))
     with pytest.raises(InputError, match=r"label_smoothing is 1\.0"):
