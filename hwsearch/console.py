@@ -81,7 +81,7 @@ class Console:
             task = progress.add_task(_escaped(title), total=None, words="")
 
             def report(done: float, total: float, words: str) -> None:
-                progress.update(task, completed=done, total=total or None, words=_escaped(words))
+                progress.update(task, completed=min(done, total or done), total=total or None, words=_escaped(words))
 
             yield report
 
@@ -95,7 +95,7 @@ class Console:
             if now - last_s < _LOG_EVERY_S and not (finished and not closed):
                 return
             last_s, closed = now, finished
-            share = f"{100 * done / total:3.0f} %" if total else f"{done:g}"
+            share = f"{100 * min(done / total, 1.0):3.0f} %" if total else f"{done:g}"
             self.say(f"  {title}: {share}  {words}".rstrip())
 
         return report

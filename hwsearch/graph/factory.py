@@ -57,8 +57,10 @@ def find_factory(spec: str, what: str = "model") -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         missing = error.name or path
         if path == missing or path.startswith(missing + "."):
+            # the commonest slip: a file's name in the place of a module's
+            file = f"; for the file {path} write {path[:-3]}:{name}" if path.endswith(".py") else ""
             raise InputError(
-                f"no Python module {missing!r} for the {what} {spec}; check the name, or install it"
+                f"no Python module {missing!r} for the {what} {spec}; check the name, or install it{file}"
             ) from None
         raise InputError(f"importing {path} for the {what} {spec} needs the module {missing!r}; install it") from error
     except (Exception, SystemExit) as error:  # a script that ends the program must not end ours with its status

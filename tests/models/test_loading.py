@@ -66,6 +66,7 @@ def test_a_reference_model() -> None:
         ("my_networks_for_test:size", "is a int, not a function"),
         ("no_such_package_for_test.models:make", "no Python module 'no_such_package_for_test'"),
         ("hwsearch.models.alexnet:make", "no Python module 'hwsearch.models.alexnet'"),
+        ("my_networks_for_test.py:good", r"for the file my_networks_for_test\.py write my_networks_for_test:g"),
         ("broken_import_for_test:make", "fails: ZeroDivisionError"),
         ("missing_import_for_test:make", "needs the module 'no_such_library_for_test'"),
         ("resnet_small", "does not name a model; write package.module:factory"),
