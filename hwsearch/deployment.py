@@ -60,10 +60,18 @@ def deploy_model(
     module = argument.need_module()
     task = _task(argument, options.data) if eight else None
     with _Pricing(device, precision, options.measure, console) as price:
-        return deploy(
+        bundle = deploy(
             module, argument.example_input, device, output, budget_ms=options.budget_ms, precision=precision,
             task=task, int8=settings, price=price, tell=console.say,
         )  # fmt: skip
+    known = bundle.predicted_ms if bundle.measured_ms is None else bundle.measured_ms
+    if options.budget_ms is not None and known is not None and known > options.budget_ms:
+        how = "predicted" if bundle.measured_ms is None else "measured"
+        console.say(
+            f"its {known:.4g} ms, as {how}, are above the {options.budget_ms:.4g} ms of --budget-ms: it will not pass "
+            "hwsearch verify"
+        )
+    return bundle
 
 
 class _Pricing:
@@ -136,8 +144,12 @@ def _task(argument: ModelArgument, data: str | None) -> Task:
             )
         return stored.load(seed)[0]
     named: dict[str, Any] = dict(named_data(data))
-    if "kind" in named or "folder" in named:
+    if "kind" in named:
         return load_task(data, valid=_IMAGES)[0]
+    if "folder" in named:  # pictures at the size that the network takes, where it is square
+        side = argument.input_shape[-1]
+        size = {"size": side} if argument.input_shape[-2:] == (side, side) else {}
+        return load_task(data, **size)[0]
     if stored is not None and stored.factory is not None and stored.factory == named.get("factory"):
         return stored.load(seed)[0]  # with the arguments of the run
     return DataSettings(**named).load(0)[0]

@@ -244,7 +244,8 @@ class TestVerbs:
     def test_deploy_verify_report(self, at_home: Path) -> None:
         measured = answer("measure", RESNET, *ON_SIMULATED, *SHAPE)["measured_ms"]
         for name, budget, code in (("kept", 1.2 * measured, 0), ("missed", 0.5 * measured, 1)):
-            answer("deploy", RESNET, *ON_SIMULATED, *SHAPE, "--output", name, "--budget-ms", f"{budget:.6f}")
+            told = hwsearch("deploy", RESNET, *ON_SIMULATED, *SHAPE, "--output", name, "--budget-ms", f"{budget:.6f}")
+            assert ("it will not pass hwsearch verify" in told.stderr) == (code == 1), told.stderr
             done = hwsearch("verify", name, *ON_SIMULATED, "--json")
             assert done.returncode == code, done.stderr
             assert json.loads(done.stdout)["status"] == ("pass" if code == 0 else "fail")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -326,7 +327,14 @@ class _Work:
             sorted({*QLinearOpsRegistry, *QDQRegistry}),
             {"ActivationSymmetric": signed, "WeightSymmetric": True},
         )
-        quantiser.quantize_model()
+        # onnxruntime warns of every batch norm that stands alone, which has no axis of channels to quantise along
+        root = logging.getLogger()
+        level = root.level
+        root.setLevel(logging.ERROR)
+        try:
+            quantiser.quantize_model()
+        finally:
+            root.setLevel(level)
         model = quantiser.model.model
         hold_in_float(model, {by_name[name] for name in kept})
         quantiser.model.topological_sort()
