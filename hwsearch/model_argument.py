@@ -167,6 +167,13 @@ def load_model_argument(
     for shape in input_shape.values() if isinstance(input_shape, Mapping) else [input_shape]:
         _check_size(shape or ())
     path = Path(spec)
+    if path.suffix == ".py" and ":" not in spec:
+        raise InputError(f"{spec} is Python code: name a function in it that returns the model, {path.stem}:FUNCTION")
+    if path.suffix in (".pt", ".pth", ".safetensors") and ":" not in spec:
+        raise InputError(
+            f"{spec} holds weights, no network: give the function that builds it, package.module:factory; a run takes "
+            "weights as a safetensors file with [model] weights"
+        )
     if path.suffix == ".onnx" or (os.path.isfile(path) and ":" not in spec):
         onnx, shape = _pinned_onnx(path, input_shape)
         return ModelArgument(spec, shape, onnx=onnx)

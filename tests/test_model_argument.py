@@ -48,3 +48,16 @@ def test_one_input_of_an_onnx_file(tmp_path: Path) -> None:
 def test_named_inputs_are_for_onnx_files() -> None:
     with pytest.raises(InputError, match="has one input"):
         load_model_argument("hwsearch.models.resnet:resnet_small", {"input": (1, 1, 28, 28)})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("leaf.py", r"is Python code: name a function .*, leaf:FUNCTION"), ("leaf.pt", "holds weights, no network")],
+)
+def test_a_file_of_another_kind_is_told_what_to_give(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("x = 1\n")
+    with pytest.raises(InputError, match=words):
+        load_model_argument(name, (1, 3, 8, 8))
