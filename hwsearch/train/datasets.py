@@ -84,7 +84,14 @@ class DatasetExamples:
         if not all(isinstance(part, Tensor) for part in (inputs, *others)):
             kinds = ", ".join(type(part).__name__ for part in (inputs, *others))
             raise InputError(f"items of the data set {self.name} are ({kinds}): give (input, target) of tensors")
-        return _as_input(inputs), *(_as_target(part) for part in others)
+        images = _as_input(inputs)
+        if not torch.isfinite(images).all():  # told here, for a loss of nan would be blamed on the learning rate
+            finite = torch.isfinite(images).reshape(len(images), -1).all(dim=1)
+            wrong = int(indices[int(torch.nonzero(~finite)[0])])
+            raise InputError(
+                f"item {wrong} of the data set {self.name} holds numbers that are not finite: leave it out"
+            )
+        return images, *(_as_target(part) for part in others)
 
     def _item(self, index: int) -> tuple[Any, ...]:
         try:

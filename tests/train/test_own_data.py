@@ -104,6 +104,14 @@ def test_items_that_are_none(item: Any, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_item_that_is_not_finite_is_named() -> None:
+    broken = torch.full((1, 2, 2), float("nan"))
+    examples = DatasetExamples(Kinds((torch.zeros(1, 2, 2), 1), (torch.ones(1, 2, 2), 0), (broken, 1)), "mine")
+    assert examples.take(np.array([0, 1]))[0].shape == (2, 1, 2, 2)
+    with pytest.raises(InputError, match="item 2 of the data set mine holds numbers that are not finite"):
+        examples.take(np.array([1, 2]))
+
+
 def test_sets_that_are_none() -> None:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Any:
