@@ -148,8 +148,8 @@ def _task(argument: ModelArgument, data: str | None) -> Task:
         return load_task(data, valid=_IMAGES)[0]
     if "folder" in named:  # pictures at the size that the network takes, where it is square
         side = argument.input_shape[-1]
-        size = {"size": side} if argument.input_shape[-2:] == (side, side) else {}
-        return load_task(data, **size)[0]
+        square = argument.input_shape[-2:] == (side, side)
+        return DataSettings(folder=data, size=side if square else None).load(0)[0]
     if stored is not None and stored.factory is not None and stored.factory == named.get("factory"):
         return stored.load(seed)[0]  # with the arguments of the run
     return DataSettings(**named).load(0)[0]
