@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hwsearch.errors import InputError, UnsupportedModelError
-from hwsearch.graph.surgery import named_tensors, shrink
+from hwsearch.graph.surgery import example_for, named_tensors, shrink
 from hwsearch.reparam.fold import fold
 from hwsearch.search.stairs import stair_edges
 from hwsearch.train.batchnorm import recalibrate
@@ -239,7 +239,7 @@ class MaskedNet(nn.Module):
             masked.set_masks(units)
         if batches is not None:
             recalibrate(masked, batches)
-        return shrink(fold(masked.plain().eval(), require=False), self.space, choice, units, check=False).eval()
+        return shrink(folded_network(masked.plain(), self.space), self.space, choice, units, check=False).eval()
 
     def _find_readers(self, tensors: Mapping[str, Tensor]) -> None:
         """Where every group is read: in a weight of that very shape, or in a block in the weight's place."""
@@ -296,6 +296,11 @@ class MaskedNet(nn.Module):
         for group, positions, units in read.parts:
             vector = vector.index_copy(0, self.get_buffer(positions), masks[group][self.get_buffer(units)])
         return vector
+
+
+def folded_network(model: nn.Module, space: WidthSpace) -> nn.Module:
+    """The model folded in evaluation mode, followed on an input of the space where its code asks for sizes."""
+    return fold(model.eval(), example_for(model, space, torch.ones), require=False)
 
 
 def unmaskable(space: WidthSpace) -> tuple[int, ...]:

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from hwsearch.errors import InputError
 from hwsearch.graph.foldable import folding_blocks
 from hwsearch.graph.surgery import shrink
-from hwsearch.reparam.fold import fold
 from hwsearch.search.baselines import importances
-from hwsearch.search.pas_masks import MaskedNet
+from hwsearch.search.pas_masks import MaskedNet, folded_network
 from hwsearch.train.loop import Progress, TrainConfig, evaluate, train
 from hwsearch.train.seeds import torch_seed
 
@@ -90,7 +89,7 @@ def _train_masked(
                 f"group {group.name} mixes over its channels, so branches cannot learn at "
                 f"{choice.widths[index]} of its {group.units} units: freeze it"
             )
-    kept = net.largest(choice) if scratch else largest(fold(full.eval(), require=False), space, choice)
+    kept = net.largest(choice) if scratch else largest(folded_network(full, space), space, choice)
     net.set_masks(kept, freeze=True)
     train(net, task, config, folder=folder, progress=progress)
     small = net.sliced(choice, kept)

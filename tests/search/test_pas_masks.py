@@ -107,6 +107,29 @@ def test_layers_of_one_stage_differ_in_width_where_identities_are_folded() -> No
     assert small.get_submodule(second.name).weight.shape[:2] == (5, 2)
 
 
+class Padded(nn.Module):
+    """Its code asks for a size, so that it cannot be followed without an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = branches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:
+            x = nn.functional.pad(x, (0, 1, 0, 1))
+        out: Tensor = self.body(x)
+        return out
+
+
+def test_branches_whose_code_asks_for_a_size_are_sliced() -> None:
+    torch.manual_seed(0)
+    model, example = Padded().eval(), torch.randn(1, 2, 4, 4)
+    space = WidthSpace.from_model(fold(model, example), example)
+    net = MaskedNet(model, space)
+    small = net.sliced(space.uniform(0.5), net.largest(space.uniform(0.5)))
+    assert small(example).shape == model(example).shape
+
+
 def test_statistics_are_measured_under_the_masks() -> None:
     net, x = masked("joined")
     choice = net.space.smallest()
