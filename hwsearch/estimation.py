@@ -130,10 +130,10 @@ def _folded(argument: ModelArgument) -> str:
     plan = plan_fold(argument.need_module(), argument.example_input)
     if not plan.blocks and not plan.pairs:
         return f"{argument.spec} has nothing to fold"
+    counted = ((len(plan.blocks), "block", " of branches"), (len(plan.pairs), "batch norm", ""))
+    done = [f"{count} {noun}{'s' * (count != 1)}{rest}" for count, noun, rest in counted if count]
     stay = f"; {len(plan.left)} stay (the first: {plan.left[0][0]}, {plan.left[0][1]})" if plan.left else ""
-    return (
-        f"{argument.spec} is folded first: {len(plan.blocks)} blocks of branches, {len(plan.pairs)} batch norms{stay}"
-    )
+    return f"{argument.spec} is folded first: {', '.join(done)}{stay}"
 
 
 def pricer(

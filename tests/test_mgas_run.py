@@ -110,7 +110,7 @@ def test_cells_have_a_section_of_their_own() -> None:
         with pytest.raises(InputError) as refused:
             RunConfig.from_dict({**SMALLEST, **changes})
         assert message in str(refused.value)
-    with pytest.raises(InputError, match=r"\[cells\]: regrow is 0.2 and aim 0.0"):
+    with pytest.raises(InputError, match=r"\[cells\]: aim is 0.0; give a share"):
         RunConfig.from_dict({**SMALLEST, "cells": {"aim": 0.0}}).mgas()
 
 
