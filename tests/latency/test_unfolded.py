@@ -158,6 +158,7 @@ def test_measure_refuses_unless_told(home: Path) -> None:
 
 def test_a_model_is_folded_and_said_to_be() -> None:
     module = UNFOLDED["odbb"][0].eval()
+    randomise(module, X, torch.Generator().manual_seed(1))
     argument = ModelArgument("model", tuple(X.shape), module=module)
     told: list[str] = []
     device, eight = (Device(name="d", runtime="simulated", precision=precision) for precision in ("float32", "int8"))
