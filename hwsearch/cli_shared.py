@@ -48,7 +48,7 @@ def on_cluster(address: str | None, talk: Console) -> Iterator[Any]:
 
 
 def show_facts(console: Console, title: str, facts: dict[str, Any], *, indent: str = "") -> None:
-    """Plain values, one a line; nested ones below their name."""
+    """Plain values, one a line, those that there are; nested ones below their name."""
     if not indent:
         console.show(title)
     for name, value in facts.items():
@@ -57,7 +57,7 @@ def show_facts(console: Console, title: str, facts: dict[str, Any], *, indent: s
             show_facts(console, "", value, indent=indent + "  ")
         elif isinstance(value, (list, tuple)) and len(value) > 4:
             console.show(f"{indent}  {name}: {len(value)} entries")
-        else:
+        elif value is not None:
             console.show(f"{indent}  {name}: {f'{value:.5g}' if isinstance(value, float) else value}")
 
 
