@@ -9,7 +9,7 @@ which runs the layers one by one. Kernels come from the engine inspector, reform
 
 Options: ``flavour`` (``tensorrt`` or ``rtx``), ``workspace_mb``, ``dla`` (a core; the GPU does what that cannot),
 ``tf32`` (0 or 1: float32 products in ten bits), ``level`` (builder optimisation level), ``graph`` (0: no CUDA graph),
-``sparse`` (1: kernels that skip the zeros of 2:4 blocks of weights may be taken, float16 and 8 bits, Ampere and later).
+``sparse`` (1: kernels that skip the zeros of 2:4 blocks).
 
 Limits: parsing and building are tested, without a GPU, by TensorRT for RTX. What needs a driver (``probe``, ``run``,
 the bench, the inspector's words) was written by the documentation and has not run; ``tools/gpu_check`` runs it.

@@ -104,7 +104,7 @@ def test_a_board_gets_what_its_agent_imports_and_no_more(runtime: str) -> None:
     assert {"hwsearch/__init__.py", "hwsearch/device/__init__.py", "hwsearch/device/lock.py"} <= set(files)
     assert all(name.split("/")[1] in ("__init__.py", "errors.py", "device", "graph") for name in files)
     assert not {"hwsearch/device/session.py", "hwsearch/device/ssh.py", "hwsearch/device/check.py"} & set(files)
-    assert sum(map(len, files.values())) < 220_000
+    assert sum(map(len, files.values())) < 200_000
     assert payload(runtime).name != payload(RUNTIMES[RUNTIMES.index(runtime) - 1]).name
 
 
