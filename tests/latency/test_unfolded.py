@@ -165,6 +165,9 @@ def test_a_model_is_folded_and_said_to_be() -> None:
     folded = network_of(argument, device, tell=told.append)
     assert find_unfolded(folded).blocks == ()
     assert told == ["model is folded first: 1 block of branches"]
+    norms = ModelArgument("norms", tuple(X.shape), module=nn.Sequential(conv(), conv()).eval())
+    network_of(norms, device, tell=told.append)
+    assert told.pop() == "norms is folded first: 2 batch norms"
     as_it_stands = network_of(argument, device, allow_unfolded=True, tell=told.append)
     assert len(find_unfolded(as_it_stands).blocks) == 1
     assert len(told) == 1
